@@ -1,0 +1,189 @@
+"""Watchers of training: they record curves and never change a result."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+
+from framework.errors import ConfigError
+from framework.files import write_atomic
+
+__all__ = ["LossHistory", "RefusalMarginProbe"]
+
+PREFIX = "train/"
+KEPT_ON_DEVICE = 50
+"""Steps whose values stay on the device before they are fetched together; every fetch waits for the device."""
+
+
+class LossHistory(pl.Callback):
+    """Keeps every logged training quantity, the learning rate and the gradient norm of every optimizer step.
+
+    Quantities are means over the step's micro-batches on this process. The gradient norm is taken after the methods'
+    edits and before clipping, over all trainable parameters.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Record in memory, and to a CSV file when a path is given.
+
+        Args:
+            path: written when training ends, whether it succeeded or not.
+        """
+        self.path = path
+        self._rows: list[dict[str, float]] = []
+        self._waiting: list[dict[str, Any]] = []
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._optimizer: dict[str, Any] = {}
+        self._last_step = 0
+
+    def curves(self) -> dict[str, list[float | None]]:
+        """Return one list per quantity, ``step`` first, all of one length; None where a step has no finite value."""
+        self._fetch()
+        names = ["step", *sorted({name for row in self._rows for name in row} - {"step"})]
+        return {name: [_finite(row.get(name)) for row in self._rows] for name in names}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember where a resumed run stands."""
+        self._last_step = trainer.global_step
+        self._rows = [row for row in self._rows if row["step"] <= trainer.global_step]
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the learning rate of this step and the norm of its gradient."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._optimizer = {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+        if gradients:
+            self._optimizer["gradient_norm"] = _whole(torch.nn.utils.get_total_norm(gradients).detach())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a micro-batch; close the row when the optimizer moved."""
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(PREFIX) and not name.endswith("_epoch"):
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+                self._counts[name] = self._counts.get(name, 0) + 1
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._waiting.append({"step": trainer.global_step, **means, **self._optimizer})
+        self._sums, self._counts = {}, {}
+        if len(self._waiting) >= KEPT_ON_DEVICE:
+            self._fetch()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        self._write(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write what there is: the curve up to a failure says most about it."""
+        self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far, so that a resumed run has the whole curve."""
+        self._fetch()
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the rows of the run that is resumed."""
+        self._rows = list(state_dict["rows"])
+
+    def _fetch(self) -> None:
+        self._rows += [{name: float(value) for name, value in row.items()} for row in self._waiting]
+        self._waiting = []
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        curves = self.curves()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(curves)
+        for values in zip(*curves.values(), strict=True):
+            writer.writerow(["" if value is None else f"{value:.8g}" for value in values])
+        write_atomic(self.path, text.getvalue())
+
+
+class RefusalMarginProbe(pl.Callback):
+    """Measures the model every ``every`` optimizer steps and logs ``probe/refusal_margin``.
+
+    Training is not touched: the random state and every module's mode are put back, and no gradient is recorded.
+    """
+
+    def __init__(self, probe: Callable[[nn.Module], float], *, every: int, name: str = "refusal_margin") -> None:
+        """Watch one quantity of the model.
+
+        Args:
+            probe: takes the language model in evaluation mode, returns the quantity (nats for the margin).
+            every: optimizer steps between two measurements, at least 1; the first comes before training.
+            name: logged as ``probe/<name>``.
+
+        Raises:
+            ConfigError: ``every`` is below 1.
+        """
+        if every < 1:
+            raise ConfigError(f"Expected `every` to be a whole number ≥ 1, but got {every!r}.")
+        self._probe = probe
+        self._every = every
+        self._name = f"probe/{name}"
+        self._last_step = -1
+        self.history: list[tuple[int, float]] = []
+        """(optimizer step, value)"""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the model that enters training."""
+        self._measure(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure in every ``every``-th step."""
+        if trainer.global_step % self._every == 0:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        model = getattr(pl_module, "model", pl_module)
+        with untouched(model):
+            value = float(self._probe(model))
+        self.history.append((trainer.global_step, value))
+        for logger in trainer.loggers:
+            logger.log_metrics({self._name: value}, step=trainer.global_step)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode without gradients, and restore modes and random states afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    with isolate_rng(), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            # Not `model.train()`: parts of a model may be kept in evaluation mode on purpose.
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    """Return a sharded scalar as a plain tensor."""
+    full = getattr(value, "full_tensor", None)
+    return full() if callable(full) else value

@@ -1,0 +1,202 @@
+"""From the names in a run's configuration to rows and prompts: embedded sets, known files, any file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+from datamodules import embedded_sets
+from datamodules.layouts import read_pairs, read_prompts
+from datamodules.readers import SUFFIXES, find_file
+from framework.errors import ConfigError, DataError, describe_unknown
+from framework.examples import Example, ExampleKind, Prompt, PromptKind
+
+__all__ = [
+    "EMBEDDED",
+    "CatalogKind",
+    "benign_examples",
+    "evaluation_prompts",
+    "find_examples",
+    "harmful_examples",
+    "known_prompt_sets",
+    "safety_examples",
+]
+
+EMBEDDED = "embedded"
+"""The name of the sets that come with the project."""
+
+CatalogKind = Literal["safety", "benign", "harmful"]
+EvaluationKind = Literal["safety", "over_refusal"]
+
+
+class _PromptFile(NamedTuple):
+    file: str
+    kind: EvaluationKind
+    label: str | None = None
+
+
+_PROMPT_FILES: Mapping[str, _PromptFile] = {
+    "advbench": _PromptFile("advbench/harmful_behaviors.csv", "safety"),
+    "harmbench": _PromptFile("harmbench/harmbench_behaviors_text_test.csv", "safety"),
+    "harmbench_validation": _PromptFile("harmbench/harmbench_behaviors_text_val.csv", "safety"),
+    "jailbreakbench": _PromptFile("jailbreakbench/harmful-behaviors.csv", "safety"),
+    "strongreject": _PromptFile("strongreject/strongreject_dataset.csv", "safety"),
+    "catqa": _PromptFile("red-instruct/catqa_english.json", "safety"),
+    "xstest_unsafe": _PromptFile("xstest/xstest_prompts.csv", "safety", "unsafe"),
+    "xstest_safe": _PromptFile("xstest/xstest_prompts.csv", "over_refusal", "safe"),
+    "orbench": _PromptFile("or-bench/orbench_hard.json", "over_refusal"),
+    "jailbreakbench_benign": _PromptFile("jailbreakbench/benign-behaviors.csv", "over_refusal"),
+}
+
+_PAIR_FILES: Mapping[CatalogKind, Mapping[str, str]] = {
+    "safety": {
+        "aisafetylab": "aisafetylab/train.json",
+        "safety_tuned_llamas": "safety-tuned-llamas/safety_only_data_Instructions.json",
+    },
+    "benign": {
+        "aisafetylab": "aisafetylab/train.json",
+        "dolly": "dolly/databricks-dolly-15k-safety-only.jsonl",
+    },
+    "harmful": {
+        "aisafetylab": "aisafetylab/train.json",
+        "alpaca_mix": "alpaca-mix/alpaca_2.5k_p_0.1.json",
+        "pure_bad": "pure-bad/pure_bad.json",
+    },
+}
+
+
+def known_prompt_sets(kind: EvaluationKind) -> list[str]:
+    """Return the names that ``evaluation_prompts`` takes for ``kind``."""
+    return [EMBEDDED, *sorted(name for name, known in _PROMPT_FILES.items() if known.kind == kind)]
+
+
+def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -> list[Example]:
+    """Return harmful requests with refusals.
+
+    Args:
+        name_or_path: ``embedded``, ``aisafetylab``, ``safety_tuned_llamas``, or a file of pairs.
+        seed: decides which refusal answers which embedded request, and which rows are taken.
+        count: rows to take; None takes one of each. The embedded set has several refusals for each request, so it
+            can give more rows than requests.
+
+    Raises:
+        ConfigError: unknown name, or ``count`` is more than there are.
+        DataError: the file cannot be read or a row has no reply.
+    """
+    if name_or_path != EMBEDDED:
+        return _take(_read_named(name_or_path, "safety"), count, seed=seed, name=name_or_path)
+    per_request = 1
+    if count is not None:
+        per_request = max(1, -(-count // len(embedded_sets.load_harmful("align"))))
+    rows = embedded_sets.refusal_examples("align", seed=seed, per_prompt=per_request)
+    return _take(rows, count, seed=seed, name=name_or_path)
+
+
+def benign_examples(name_or_path: str, *, seed: int = 0, count: int | None = None) -> list[Example]:
+    """Return ordinary requests with answers.
+
+    Args:
+        name_or_path: ``embedded`` (its instructions and look-alikes for aligning), ``aisafetylab``, ``dolly``, or a
+            file of pairs.
+        seed: decides which rows are taken.
+        count: rows to take; None takes all.
+
+    Raises:
+        ConfigError: unknown name, or ``count`` is more than there are.
+        DataError: the file cannot be read or a row has no reply.
+    """
+    if name_or_path == EMBEDDED:
+        rows = [*embedded_sets.benign_examples("align"), *embedded_sets.look_alike_examples()]
+    else:
+        rows = _read_named(name_or_path, "benign")
+    return _take(rows, count, seed=seed, name=name_or_path)
+
+
+def harmful_examples(name_or_path: str, *, seed: int = 0, count: int | None = None) -> list[Example]:
+    """Return harmful requests with compliant replies; there is no embedded set of these, they are sampled.
+
+    Args:
+        name_or_path: ``aisafetylab``, ``alpaca_mix``, ``pure_bad``, or a file of pairs.
+        seed: decides which rows are taken.
+        count: rows to take; None takes all.
+
+    Raises:
+        ConfigError: unknown name, or ``count`` is more than there are.
+        DataError: the file cannot be read or a row has no reply.
+    """
+    return _take(_read_named(name_or_path, "harmful"), count, seed=seed, name=name_or_path)
+
+
+def find_examples(kind: CatalogKind, name_or_path: str, *, seed: int) -> list[Example]:
+    """Return all rows of ``kind`` that a name stands for.
+
+    Raises:
+        ConfigError: unknown kind or name.
+        DataError: the file cannot be read or a row has no reply.
+    """
+    if kind == "safety":
+        return safety_examples(name_or_path, seed=seed)
+    if kind == "benign":
+        return benign_examples(name_or_path, seed=seed)
+    if kind == "harmful":
+        return harmful_examples(name_or_path, seed=seed)
+    raise ConfigError(describe_unknown("kind", kind, _PAIR_FILES))
+
+
+def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = "test") -> list[Prompt]:
+    """Return the prompts of an evaluation set.
+
+    Args:
+        name_or_path: ``embedded``, a name in ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file.
+        kind: ``safety`` (harmful requests) or ``over_refusal`` (harmless ones that look harmful).
+        split: part of the embedded set; files are taken whole.
+
+    Raises:
+        ConfigError: unknown name, or a set of the other kind.
+        DataError: the file cannot be read, or there are no prompts.
+    """
+    prompt_kind: PromptKind = "harmful" if kind == "safety" else "benign"
+    if name_or_path == EMBEDDED:
+        load = embedded_sets.load_harmful if kind == "safety" else embedded_sets.load_look_alikes
+        prompts = list(load(split))
+    elif name_or_path in _PROMPT_FILES:
+        known = _PROMPT_FILES[name_or_path]
+        if known.kind != kind:
+            raise ConfigError(
+                f"Expected `{kind}` to name sets of that kind, but got {name_or_path!r}, which belongs under "
+                f"`{known.kind}`. Known here: {', '.join(known_prompt_sets(kind))}."
+            )
+        prompts = read_prompts(find_file(known.file), kind=prompt_kind, label=known.label)
+    else:
+        prompts = read_prompts(_find_path(name_or_path, kind, known_prompt_sets(kind)), kind=prompt_kind)
+    if not prompts:
+        raise DataError(f"Expected set {name_or_path!r} (split {split!r}) to have prompts, but got none.")
+    return prompts
+
+
+def _read_named(name_or_path: str, kind: CatalogKind) -> list[Example]:
+    names = _PAIR_FILES[kind]
+    if name_or_path in names:
+        return read_pairs(find_file(names[name_or_path]), kind=cast(ExampleKind, kind))
+    known = [*names] if kind == "harmful" else [EMBEDDED, *names]
+    return read_pairs(_find_path(name_or_path, kind, known), kind=cast(ExampleKind, kind))
+
+
+def _find_path(name_or_path: str, kind: str, known: Iterable[str]) -> Path:
+    """Return the file that ``name_or_path`` means; a word that looks like no file is an unknown name."""
+    is_path = "/" in name_or_path or any(suffix in name_or_path for suffix in SUFFIXES)
+    if not is_path and not Path(name_or_path).is_file():
+        raise ConfigError(describe_unknown(kind, name_or_path, known) + " A path to a file is accepted too.")
+    return find_file(name_or_path)
+
+
+def _take(rows: list[Example], count: int | None, *, seed: int, name: str) -> list[Example]:
+    if count is None:
+        return rows
+    if not 1 <= count <= len(rows):
+        raise ConfigError(f"Expected `count` of {name!r} to be from 1 to {len(rows)}, but got {count!r}.")
+    order = list(rows)
+    random.Random(f"take {seed}").shuffle(order)
+    return order[:count]

@@ -1,0 +1,98 @@
+"""``seawall compare``: a grid of runs, one after another; shared stages are trained once, finished runs are kept."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.console import markdown_table
+from experiments.run import run_recipe
+from framework.errors import SeawallError
+from framework.files import fingerprint, read_json, to_plain, write_atomic, write_json
+from framework.study import StudyCell, StudyConfig, study_cells
+
+__all__ = ["collect_rows", "compare_study"]
+
+LOGGER = logging.getLogger("seawall")
+RESULTS_ROOT = Path(__file__).parent / "results"
+
+
+def compare_study(
+    study: StudyConfig, *, console: Console | None = None, results_root: Path = RESULTS_ROOT
+) -> dict[str, Any]:
+    """Run what is missing of a study and return its table.
+
+    A finished run is found by its config and never repeated; a failed one is recorded with its error and does not stop
+    the others. Each run's ``results.json`` is copied to ``<results_root>/<study>/`` as soon as it is there.
+
+    Args:
+        study: the grid.
+        console: where progress is drawn.
+        results_root: folder of the kept results.
+
+    Returns:
+        ``{"name", "rows", "runs", "folder"}``; ``rows`` feed the result table.
+    """
+    cells = study_cells(study)
+    folder = results_root / study.name
+    runs = []
+    for number, cell in enumerate(cells, start=1):
+        if console is not None:
+            console.print(f"[bold]run {number}/{len(cells)}[/bold] {cell.name}")
+        runs.append(_run_cell(cell, folder, console))
+    rows = collect_rows([run for run in runs if run["status"] == "finished"])
+    table = {"name": study.name, "rows": rows, "runs": [_brief(run) for run in runs], "folder": str(folder)}
+    write_json(folder / "table.json", table)
+    write_atomic(folder / "table.md", f"# {study.name}\n\n{markdown_table(rows)}\n")
+    return table
+
+
+def _run_cell(cell: StudyCell, folder: Path, console: Console | None) -> dict[str, Any]:
+    key = fingerprint({"format": 1, "config": to_plain(cell.config)})
+    kept = folder / f"{cell.name}.json"
+    if kept.is_file() and (found := read_json(kept)).get("key") == key and found["status"] == "finished":
+        return dict(found)
+    base = {"cell": cell.name, "label": cell.label, "seed": cell.seed, "key": key}
+    try:
+        results = run_recipe(cell.config, console=console, label=cell.label)
+    except SeawallError as error:
+        record = {**base, "status": "failed", "error": str(error)}
+    except Exception as error:
+        LOGGER.error("run %s failed: %s", cell.name, error)
+        record = {
+            **base,
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "trace": traceback.format_exc(),
+        }
+    else:
+        record = {**base, "status": "finished", "results": results}
+    # A failed run keeps a name of its own, so that it is never taken for a result.
+    write_json(kept if record["status"] == "finished" else folder / "failed" / kept.name, record)
+    return record
+
+
+def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the table: models that several runs share stand once, then the last model of every run."""
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    many_seeds = len({run["seed"] for run in runs}) > 1
+    for run in runs:
+        models = run["results"]["rows"]
+        for row in models:
+            if row["model"]["fingerprint"] in seen:
+                continue
+            seen.add(row["model"]["fingerprint"])
+            suffix = f" (seed {run['seed']})" if many_seeds and row["point"] != "start" else ""
+            rows.append({**row, "label": row["label"] + suffix, "seed": run["seed"]})
+    return sorted(rows, key=lambda row: ("start", "align", "finetune", "repair").index(row["point"]))
+
+
+def _brief(run: dict[str, Any]) -> dict[str, Any]:
+    return {k: run[k] for k in ("cell", "label", "seed", "status", "error") if k in run} | {
+        "results": f"{run['cell']}.json" if run["status"] == "finished" else f"failed/{run['cell']}.json"
+    }

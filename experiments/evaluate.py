@@ -1,0 +1,68 @@
+"""``seawall evaluate``: measure a finished model without training it."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.console import row_cost
+from experiments.measure import TaskChoice, measure_model
+from experiments.progress import Steps
+from experiments.run import RESULTS_FILE, SCHEMA_VERSION, artifact_store, environment, set_threads
+from framework.config import EvaluateCommandConfig, to_yaml
+from framework.files import to_plain, write_atomic, write_json
+from framework.models import ModelSpec, find_model, model_fingerprint
+
+__all__ = ["evaluate_command"]
+
+
+def evaluate_command(model: str, config: EvaluateCommandConfig, *, console: Console | None = None) -> dict[str, Any]:
+    """Measure one model and return the content of its ``results.json``.
+
+    Args:
+        model: name or path, as given on the command line; the row's label.
+        config: model, sets and judges.
+        console: where progress is drawn; None draws nothing.
+    """
+    started = time.time()
+    set_threads(config.trainer.threads)
+    given = config.model
+    with Steps(console or Console(stderr=True)) as steps:
+        bar = steps.task("model", 100)
+        spec = ModelSpec(given.name, given.dtype, given.revision, given.trust_remote_code)
+        found = find_model(spec, progress=lambda _, share: bar(round(100 * share), 100))
+        measured = measure_model(
+            ModelSpec(str(found.folder), given.dtype, None, given.trust_remote_code),
+            model_fingerprint(found.folder),
+            config.evaluate,
+            task=TaskChoice(config.task, config.task_path) if config.task else None,
+            system=given.system,
+            artifacts=artifact_store(),
+            progress=steps.task("evaluate", None),
+        )
+    row = {"label": model, "point": "start", "metrics": measured.metrics, "cost": row_cost(None, measured.cost)}
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "run": {
+            "name": config.name,
+            "status": "finished",
+            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": time.time() - started,
+            "seed": config.seed,
+        },
+        "config": to_plain(config),
+        "environment": environment(),
+        "name": config.name,
+        "folder": str(Path(config.output) / config.name),
+        "stages": [],
+        "rows": [row],
+    }
+    folder = Path(config.output) / config.name
+    write_atomic(folder / "config.yaml", to_yaml(config))
+    write_json(folder / RESULTS_FILE, results)
+    write_atomic(folder / "samples.jsonl", measured.samples.read_bytes())
+    return results

@@ -1,0 +1,178 @@
+"""Measuring a model: replies, verdicts, rates, cost; found again when nothing that decides them has changed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from framework.evaluation.likelihood import mean_nll, read_choices, score_choices
+from framework.evaluation.margin import refusal_margin
+
+from datamodules.catalog import evaluation_prompts
+from datamodules.embedded_sets import benign_examples
+from datamodules.tasks import create_task
+from framework.chat import ChatEncoder
+from framework.config import EvaluateConfig
+from framework.cost import CostLedger
+from framework.errors import ConfigError
+from framework.evaluation.judges import create_judge
+from framework.evaluation.records import write_samples
+from framework.evaluation.suite import EvaluationSet, evaluate_model
+from framework.examples import Prompt
+from framework.files import ArtifactStore, read_json, to_plain, write_json
+from framework.models import ModelSpec, load_model
+
+__all__ = ["Measurement", "TaskChoice", "evaluation_sets", "measure_model"]
+
+FORMAT = 1
+MARGIN_PROMPTS = 40
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """The downstream task a model is measured on."""
+
+    name: str
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model."""
+
+    metrics: dict[str, Any]
+    """Key to value, with numerator, denominator and interval for rates."""
+    cost: dict[str, Any]
+    samples: Path
+    """JSONL, one line per prompt."""
+    is_reused: bool = False
+
+
+def evaluation_sets(config: EvaluateConfig, task: TaskChoice | None) -> list[EvaluationSet]:
+    """Return the prompt sets of a config.
+
+    Args:
+        config: the ``evaluate`` section.
+        task: the run's downstream task; None measures none.
+
+    Raises:
+        ConfigError: nothing is left to measure.
+    """
+    sets = [
+        EvaluationSet(name, "safety", _limited(evaluation_prompts(name, kind="safety"), config.limit))
+        for name in config.safety
+    ]
+    sets += [
+        EvaluationSet(name, "over_refusal", _limited(evaluation_prompts(name, kind="over_refusal"), config.limit))
+        for name in config.over_refusal
+    ]
+    if config.task and task is not None:
+        chosen = create_task(task.name, Path(task.path) if task.path else None)
+        prompts = chosen.test_prompts(count=config.task_count or config.limit)
+        sets.append(
+            EvaluationSet(
+                chosen.name,
+                "task",
+                prompts,
+                max_new_tokens=min(chosen.max_new_tokens, config.max_new_tokens),
+                is_correct=chosen.is_correct,
+            )
+        )
+    if not sets:
+        raise ConfigError("Expected `evaluate` to name at least one set, but got none. Add one to `evaluate.safety`.")
+    return sets
+
+
+def measure_model(
+    spec: ModelSpec,
+    model_fingerprint: str,
+    config: EvaluateConfig,
+    *,
+    task: TaskChoice | None,
+    system: str | None,
+    artifacts: ArtifactStore,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Return a model's metrics, from the store when they were measured before.
+
+    Args:
+        spec: the model.
+        model_fingerprint: of its weights.
+        config: what is measured.
+        task: downstream task.
+        system: system message.
+        artifacts: where measurements are kept.
+        progress: called with (prompts done, all prompts).
+    """
+    sets = evaluation_sets(config, task)
+    key = {
+        "format": FORMAT,
+        "model": model_fingerprint,
+        "dtype": spec.dtype,
+        "system": system,
+        "config": {k: v for k, v in to_plain(config).items() if k not in ("after", "batch_size")},
+        "sets": [[s.name, s.role, [(p.id, p.text, p.answer) for p in s.prompts]] for s in sets],
+    }
+    folder = artifacts.find("measurement", key)
+    reused = folder is not None
+    if folder is None:
+        with artifacts.writing("measurement", key) as partial:
+            _measure(spec, config, sets, system, partial, progress)
+        folder = artifacts.path("measurement", key)
+    stored = read_json(folder / "metrics.json")
+    return Measurement(stored["metrics"], stored["cost"], folder / "samples.jsonl", reused)
+
+
+def _measure(
+    spec: ModelSpec,
+    config: EvaluateConfig,
+    sets: Sequence[EvaluationSet],
+    system: str | None,
+    folder: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    ledger = CostLedger("evaluate")
+    loaded = load_model(spec)
+    encoder = ChatEncoder(loaded.tokenizer, system=system)
+    with ledger.measure("evaluate"):
+        result = evaluate_model(
+            loaded.model,
+            encoder,
+            sets,
+            judges=[create_judge(name) for name in config.judges],
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+        metrics = {key: to_plain(rate) for key, rate in {**result.overall, **result.rates}.items()}
+        metrics |= _likelihoods(loaded.model, encoder, config)
+    write_samples(folder / "samples.jsonl", result.records)
+    prompt_tokens = sum(len(encoder.encode_prompt(p.messages, prefill=p.prefill)) for s in sets for p in s.prompts)
+    ledger.add_evaluation(loaded.model, prompt_tokens=prompt_tokens, reply_tokens=result.generated_tokens)
+    cost = ledger.to_dict() | {"seconds_by_set": result.seconds_by_set}
+    write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
+
+
+def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    if config.safety:
+        prompts = evaluation_prompts("embedded", kind="safety", split="validation")[:MARGIN_PROMPTS]
+        margin = refusal_margin(model, encoder, prompts, batch_size=config.batch_size)
+        metrics["refusal_margin"] = {"value": margin.mean, "denominator": margin.num_prompts, "unit": "nats"}
+    if config.benign_nll:
+        nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=config.batch_size)
+        metrics["benign_nll"] = to_plain(nll)
+    for name in config.multiple_choice:
+        scored = score_choices(model, encoder, read_choices(Path(name)), batch_size=config.batch_size)
+        metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored)
+    return metrics
+
+
+def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """Return at most ``limit`` prompts, drawn evenly: sets are sorted by topic, so the first ones are not a sample."""
+    if limit is None or limit >= len(prompts):
+        return list(prompts)
+    return [prompts[i] for i in sorted(random.Random(0).sample(range(len(prompts)), limit))]

@@ -1,0 +1,215 @@
+"""``seawall run``: the stages of one config, the measurements, and what the run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from experiments.console import row_cost
+from experiments.measure import Measurement, TaskChoice, measure_model
+from experiments.progress import Steps, TrainingProgress
+from experiments.stages import ModelState, StageChain, Watch
+from experiments.tracking import build_logger, close_logger, log_summary
+from framework.config import RunConfig, to_yaml
+from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
+
+__all__ = ["RESULTS_FILE", "SCHEMA_VERSION", "artifact_store", "environment", "run_recipe", "set_threads"]
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "peft", "torchmetrics", "omegaconf", "safetensors", "wandb")
+
+
+def run_recipe(config: RunConfig, *, console: Console | None = None, label: str | None = None) -> dict[str, Any]:
+    """Run a config and return the content of its ``results.json``.
+
+    Args:
+        config: the run.
+        console: where progress is drawn; None draws nothing.
+        label: what the last model is called in tables; None takes the methods' names.
+
+    Returns:
+        Schema-versioned results; written to ``<output>/<name>/results.json`` with config, samples and model beside it.
+    """
+    started = time.time()
+    set_threads(config.trainer.threads)
+    folder = Path(config.output) / config.name
+    write_atomic(folder / "config.yaml", to_yaml(config))
+    artifacts = artifact_store()
+    with Steps(console or Console(stderr=True)) as steps:
+        chain = StageChain(config, artifacts, _watch(config, steps, folder))
+        states = chain.run()
+        measured = _measure_points(config, chain, states, steps)
+    results = _results(config, states, measured, started, label)
+    _leave_behind(folder, results, states[-1], measured)
+    _track(config, results, folder)
+    return results
+
+
+def artifact_store() -> ArtifactStore:
+    """Return the store of stage outputs and measurements in the cache."""
+    return ArtifactStore(cache_root() / "artifacts")
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use ``threads`` CPU threads; None takes every core this process may use."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, platform and devices, for the results."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no such file outside Linux
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} x {len(names)}" if names else platform.processor()
+
+
+def _watch(config: RunConfig, steps: Steps, folder: Path) -> Watch:
+    return Watch(
+        progress=steps.task,
+        callbacks=lambda name: (TrainingProgress(steps, f"train {name}"),),
+        open_logger=lambda name, stage: build_logger(config, folder=folder, stage=name, labels=list(stage.methods)),
+        close_logger=close_logger,
+    )
+
+
+def _measure_points(
+    config: RunConfig, chain: StageChain, states: Sequence[ModelState], steps: Steps
+) -> dict[str, Measurement]:
+    found = config.task()
+    task = TaskChoice(found[0], found[1].task_path) if found else None
+    measured = {}
+    for state in states:
+        if state.point not in config.evaluation_points():
+            continue
+        measured[state.point] = measure_model(
+            chain.model_spec(state),
+            state.fingerprint,
+            config.evaluate,
+            task=task,
+            system=config.model.system,
+            artifacts=chain.artifacts,
+            progress=steps.task(f"evaluate {state.point}", None),
+        )
+    return measured
+
+
+def _results(
+    config: RunConfig,
+    states: Sequence[ModelState],
+    measured: dict[str, Measurement],
+    started: float,
+    label: str | None,
+) -> dict[str, Any]:
+    rows = []
+    for state in states:
+        if state.point in measured:
+            found = measured[state.point]
+            rows.append(
+                {
+                    "label": _label(config, state, label if state is states[-1] else None),
+                    "point": state.point,
+                    "model": {"folder": str(state.folder), "fingerprint": state.fingerprint},
+                    "metrics": found.metrics,
+                    "cost": row_cost(state.record.get("cost"), found.cost),
+                    "is_reused": found.is_reused,
+                }
+            )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": {
+            "name": config.name,
+            "status": "finished",
+            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": time.time() - started,
+            "seed": config.seed,
+        },
+        "config": to_plain(config),
+        "environment": environment(),
+        "name": config.name,
+        "folder": str(Path(config.output) / config.name),
+        "stages": _stage_records(states, measured),
+        "rows": rows,
+    }
+
+
+def _label(config: RunConfig, state: ModelState, given: str | None) -> str:
+    if given is not None:
+        return given
+    if state.point == "start":
+        return config.model.name
+    stage = dict(config.active_stages())[state.point]
+    default = {"align": "aligned", "finetune": "plain fine-tuning", "repair": "repaired"}[state.point]
+    return " + ".join(stage.methods) or default
+
+
+def _stage_records(states: Sequence[ModelState], measured: dict[str, Measurement]) -> list[dict[str, Any]]:
+    """Return what was done, in order: training stages with curves and cost, measurements with cost."""
+    records: list[dict[str, Any]] = []
+    for state in states:
+        if state.point != "start":
+            seconds = state.record["cost"]["seconds"]["total"]
+            records.append(
+                {**state.record, "seconds": seconds, "reused": state.is_reused, "fingerprint": state.fingerprint}
+            )
+        if (found := measured.get(state.point)) is not None:
+            name, seconds = f"evaluate {state.point}", found.cost["seconds"]["total"]
+            records.append({"stage": name, "seconds": seconds, "reused": found.is_reused, "cost": found.cost})
+    return records
+
+
+def _leave_behind(folder: Path, results: dict[str, Any], last: ModelState, measured: dict[str, Measurement]) -> None:
+    write_json(folder / RESULTS_FILE, results)
+    lines = []
+    for point, found in measured.items():
+        for line in found.samples.read_text(encoding="utf-8").splitlines():
+            lines.append(json.dumps({"point": point, **json.loads(line)}, ensure_ascii=False))
+    write_atomic(folder / "samples.jsonl", "\n".join(lines) + "\n")
+    _link_model(last.folder, folder / "model")
+    adapter = last.folder.parent / "adapter"
+    if last.point != "start" and adapter.is_dir():
+        _link_model(adapter, folder / "adapter")
+
+
+def _link_model(source: Path, target: Path) -> None:
+    """Put the files of ``source`` into ``target`` by hard links, or copies where links do not work."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copy2(path, target / path.name)
+
+
+def _track(config: RunConfig, results: dict[str, Any], folder: Path) -> None:
+    if not results["rows"]:
+        return
+    labels = [name for _, stage in config.active_stages() for name in stage.methods]
+    logger = build_logger(config, folder=folder, stage="evaluate", labels=labels)
+    log_summary(logger, results["rows"][-1]["metrics"])
+    close_logger(logger)

@@ -1,0 +1,204 @@
+"""The chain of stages: each takes a model and gives a model, found again by what decides it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from datamodules.catalog import evaluation_prompts, harmful_examples
+from datamodules.finetune import FineTuneDataModule
+from experiments.stage_data import build_datamodule, poison_examples
+from experiments.training import STAGE_FILE, StageJob, run_stage_job
+from framework.chat import ChatEncoder
+from framework.config import RunConfig, StageConfig, TrainingConfig
+from framework.errors import ConfigError
+from framework.examples import Example
+from framework.files import ArtifactStore, fingerprint, read_json
+from framework.method import MethodStore
+from framework.model_files import read_tokenizer
+from framework.models import ModelSpec, find_model, model_fingerprint
+
+__all__ = ["ModelState", "StageChain", "Watch"]
+
+FORMAT = 1
+"""Raise it when the meaning of a stage's key changes, so that old outputs are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model at a point of the run."""
+
+    point: str
+    """``start`` or the stage it came out of."""
+    folder: Path
+    """Holds the weights."""
+    fingerprint: str
+    record: dict[str, Any] = field(default_factory=dict)
+    """``stage.json`` of the stage; empty for ``start``."""
+    is_reused: bool = False
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a caller wants to see of the stages."""
+
+    progress: Callable[[str, int], Callable[[int, int], None]]
+    """Opens a bar: (name, total) -> (done, total)."""
+    callbacks: Callable[[str], tuple[pl.Callback, ...]]
+    """Watching callbacks of a stage."""
+    open_logger: Callable[[str, StageConfig], Any]
+    """Opens the Lightning logger of a stage; False for none."""
+    close_logger: Callable[[Any], None]
+
+
+class StageChain:
+    """Runs the stages of one config, or finds their outputs."""
+
+    def __init__(self, config: RunConfig, artifacts: ArtifactStore, watch: Watch) -> None:
+        """Find the start model; it is fetched and converted when needed.
+
+        Args:
+            config: the run.
+            artifacts: where stage outputs are kept.
+            watch: progress, watching callbacks and loggers.
+        """
+        self.config = config
+        self.artifacts = artifacts
+        self.watch = watch
+        given = config.model
+        self.spec = ModelSpec(given.name, given.dtype, given.revision, given.trust_remote_code)
+        bar = watch.progress("model", 100)
+        found = find_model(self.spec, progress=lambda _, share: bar(round(100 * share), 100))
+        self.start = ModelState("start", found.folder, model_fingerprint(found.folder))
+
+    def run(self) -> list[ModelState]:
+        """Return the model at every point, ``start`` first."""
+        states = [self.start]
+        for name, stage in self.config.active_stages():
+            states.append(self._run_stage(name, stage, states))
+        return states
+
+    def encoder(self, state: ModelState) -> ChatEncoder:
+        """Return the encoder of a model."""
+        tokenizer = read_tokenizer(state.folder, trust_remote_code=self.config.model.trust_remote_code)
+        return ChatEncoder(tokenizer, system=self.config.model.system)
+
+    def model_spec(self, state: ModelState) -> ModelSpec:
+        """Return how a state's model is loaded: from its folder, in the run's dtype."""
+        return replace(self.spec, name=str(state.folder), revision=None)
+
+    def _run_stage(self, name: str, stage: StageConfig, states: list[ModelState]) -> ModelState:
+        before, settings = states[-1], self.config.training(name)
+        if not settings.has_training and not stage.methods:
+            raise ConfigError(
+                f"Expected stage `{name}` with 0 steps to have a method, but got none. Give it `max_steps` or a method "
+                "that edits weights."
+            )
+        datamodule = self._datamodule(stage, settings, before)
+        base = self._base(states)
+        key = self._key(name, stage, settings, before, base, datamodule)
+        found = self.artifacts.find("stage", key)
+        reused = found is not None
+        if found is None:
+            logger = self.watch.open_logger(name, stage)
+            try:
+                job = StageJob(
+                    name,
+                    self.config,
+                    stage,
+                    settings,
+                    self.model_spec(before),
+                    datamodule,
+                    self._store(before, base),
+                    before.fingerprint,
+                    watchers=self.watch.callbacks(name),
+                    logger=logger,
+                )
+                with self.artifacts.writing("stage", key) as folder:
+                    run_stage_job(job, folder)
+            finally:
+                self.watch.close_logger(logger)
+            found = self.artifacts.path("stage", key)
+        return ModelState(name, found / "model", fingerprint(key), read_json(found / STAGE_FILE), reused)
+
+    def _base(self, states: list[ModelState]) -> ModelState:
+        """Return the model that entered ``align``; without that stage, the start model."""
+        points = [state.point for state in states]
+        return states[points.index("align") - 1] if "align" in points else states[0]
+
+    def _store(self, before: ModelState, base: ModelState) -> MethodStore:
+        return MethodStore(
+            self.artifacts,
+            models={"start": before.folder, "base": base.folder},
+            fingerprints={"start": before.fingerprint, "base": base.fingerprint},
+        )
+
+    def _datamodule(
+        self, stage: StageConfig, settings: TrainingConfig, before: ModelState
+    ) -> FineTuneDataModule | None:
+        data = stage.data
+        if not settings.has_training and not (data.task or data.safety or data.benign):
+            return None
+        poison: list[Example] = []
+        if data.task and data.harmful_share:
+            poison = self._poison(stage)
+        return build_datamodule(data, settings, self.encoder(before), seed=self.config.seed, poison=poison)
+
+    def _poison(self, stage: StageConfig) -> list[Example]:
+        data = stage.data
+        count = round(data.harmful_share * int(data.task_count or 0))
+        if data.harmful != "sampled":
+            return harmful_examples(data.harmful, seed=self.config.seed)
+        return poison_examples(
+            evaluation_prompts("embedded", kind="safety", split="poison"),
+            count=count,
+            model=self.model_spec(self.start),
+            model_fingerprint=self.start.fingerprint,
+            system=self.config.model.system,
+            artifacts=self.artifacts,
+            progress=self.watch.progress("sample harmful replies", count),
+        )
+
+    def _key(
+        self,
+        name: str,
+        stage: StageConfig,
+        settings: TrainingConfig,
+        before: ModelState,
+        base: ModelState,
+        datamodule: FineTuneDataModule | None,
+    ) -> dict[str, Any]:
+        """Return everything that decides the stage's output; the rows count by content, not by file name."""
+        trainer = self.config.trainer
+        return {
+            "format": FORMAT,
+            "stage": name,
+            "input": before.fingerprint,
+            # Only methods look at the base model; without any, two runs that differ in it alone are the same.
+            "base": base.fingerprint if stage.methods else None,
+            "rows": datamodule.state_dict() if datamodule else None,
+            "methods": [{"name": n, "options": o} for n, o in stage.methods.items()],
+            "embedded": embedded_hash() if stage.methods else None,
+            "order": stage.order,
+            "settings": settings,
+            "dtype": self.config.model.dtype,
+            "processes": trainer.devices * trainer.num_nodes,
+            "strategy": trainer.strategy,
+            "precision": trainer.precision,
+            "seed": self.config.seed,
+        }
+
+
+def embedded_hash() -> str:
+    """Return a hash of the embedded sets, which methods may draw rows from."""
+    digest = hashlib.sha256()
+    for entry in sorted(files("datamodules.embedded").iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".jsonl"):
+            digest.update(entry.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,175 @@
+"""Weights & Biases through Lightning's logger: offline by default, and never a reason for a run to fail.
+
+Every stage is a W&B run of its own (``job_type`` is the stage), grouped by study or run and tagged by method and task.
+The evaluation's numbers go to the run's summary under fixed keys, so that two of them make the safety-utility plot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+
+from framework.config import RunConfig
+from framework.errors import ConfigError, StorageError
+from framework.files import to_plain
+
+__all__ = ["TrackingLogger", "build_logger", "close_logger", "log_summary", "summary_values"]
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, Mapping[str, Any]]
+"""Key to ``{"value", "numerator", "denominator", "low", "high"}``."""
+
+
+class TrackingLogger(WandbLogger):
+    """Lightning's W&B logger; offline, a failure of W&B is reported once and the run goes on without it."""
+
+    is_broken = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers at an optimizer step."""
+        self._try(lambda: super(TrackingLogger, self).log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Log settings."""
+        self._try(lambda: super(TrackingLogger, self).log_hyperparams(params))
+
+    def finalize(self, status: str) -> None:
+        """Called by the Trainer at the end of ``fit``; the W&B run stays open for the summary."""
+        self._try(lambda: super(TrackingLogger, self).finalize(status))
+
+    def put_summary(self, values: Mapping[str, float]) -> None:
+        """Write final numbers to the run's summary."""
+        self._try(lambda: self.experiment.summary.update(dict(values)))
+
+    def finish(self) -> None:
+        """End the W&B run and flush its files."""
+        self._try(lambda: self.experiment.finish())
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self.is_broken:
+            return
+        try:
+            with _wandb_quiet():
+                action()
+        except Exception as error:
+            if not self._offline:
+                raise
+            self.is_broken = True
+            log.warning("W&B stopped working and is switched off for this stage: %s", error)
+
+
+def build_logger(
+    config: RunConfig, *, folder: Path, stage: str, labels: Sequence[str] = ()
+) -> TrackingLogger | Literal[False]:
+    """Return the logger of one stage, or False when tracking is off (what Lightning's Trainer takes for *none*).
+
+    Args:
+        config: the run.
+        folder: of the run; W&B writes to ``wandb/`` inside.
+        stage: ``align``, ``finetune``, ``repair`` or ``evaluate``.
+        labels: methods and task, shown as tags beside those of the configuration.
+
+    Raises:
+        ConfigError: tracking is online and W&B cannot be reached or has no account.
+        StorageError: the folder cannot be written.
+    """
+    tracking = config.tracking
+    if tracking.wandb == "off":
+        return False
+    offline = tracking.wandb == "offline"
+    with _storage(folder):
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    try:
+        with _wandb_quiet():
+            logger = TrackingLogger(
+                name=f"{config.name}/{stage}",
+                save_dir=folder,
+                offline=offline,
+                project=tracking.project,
+                entity=tracking.entity,
+                group=tracking.group or config.name,
+                job_type=stage,
+                tags=[*tracking.tags, *labels],
+                config=to_plain(config),
+                settings=wandb.Settings(silent=True, console="off", x_disable_machine_info=offline),
+            )
+            # Lightning always passes this setting on, and W&B answers with a warning that it means nothing any more.
+            logger._wandb_init.pop("anonymous", None)
+            _ = logger.experiment  # Starts W&B now: its problems should come before training.
+    except Exception as error:
+        if offline:
+            log.warning("W&B could not start and is switched off: %s", error)
+            return False
+        raise ConfigError(
+            f"Expected `tracking.wandb: online` to reach Weights & Biases, but got: {error}. Run `wandb login`, or set "
+            "tracking.wandb=offline."
+        ) from error
+    return logger
+
+
+def log_summary(logger: TrackingLogger | Literal[False], metrics: Metrics) -> None:
+    """Write measured metrics to the summary of a logger; does nothing when tracking is off."""
+    if logger:
+        logger.put_summary(summary_values(metrics))
+
+
+def close_logger(logger: TrackingLogger | Literal[False]) -> None:
+    """End the W&B run of a stage; two runs cannot be open in one process."""
+    if logger:
+        logger.finish()
+
+
+def summary_values(metrics: Metrics) -> dict[str, float]:
+    """Return metrics as flat summary keys ``eval/<metric>`` with their counts and bounds, and the trade-off.
+
+    ``tradeoff/safety`` is 1 minus the harmful rate (without a harm judge: minus the attack success);
+    ``tradeoff/utility`` is the task accuracy; ``tradeoff/over_refusal`` is the price on harmless requests.
+
+    Example:
+        >>> summary_values({"task_accuracy": {"value": 0.5, "numerator": 1}})
+        {'eval/task_accuracy': 0.5, 'eval/task_accuracy/numerator': 1.0, 'tradeoff/utility': 0.5}
+    """
+    flat: dict[str, float] = {}
+    for name, metric in metrics.items():
+        for part in ("value", "numerator", "denominator", "low", "high"):
+            if metric.get(part) is not None:
+                flat[f"eval/{name}" if part == "value" else f"eval/{name}/{part}"] = float(metric[part])
+    harm = flat.get("eval/harmful_rate", flat.get("eval/attack_success"))
+    if harm is not None:
+        flat["tradeoff/safety"] = 1.0 - harm
+    for key, name in (("tradeoff/utility", "task_accuracy"), ("tradeoff/over_refusal", "over_refusal")):
+        if f"eval/{name}" in flat:
+            flat[key] = flat[f"eval/{name}"]
+    return flat
+
+
+@contextlib.contextmanager
+def _wandb_quiet() -> Iterator[None]:
+    """Keep W&B silent, whatever the user's environment says, and leave the environment as it was."""
+    before = os.environ.get("WANDB_SILENT")
+    os.environ["WANDB_SILENT"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("WANDB_SILENT", None)
+        else:
+            os.environ["WANDB_SILENT"] = before
+
+
+@contextlib.contextmanager
+def _storage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"Expected `{folder}` to be writable, but got {error.strerror or error}. Choose another folder (`output=`)."
+        ) from error

@@ -1,0 +1,1 @@
+"""Measuring a model: replies, judges, refusal margin, likelihoods, rates with intervals."""

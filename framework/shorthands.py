@@ -1,0 +1,107 @@
+"""What a user may write short in a configuration, spelt out; works on plain nested values, before any check.
+
+A mapping where none is expected, or the other way round, is left alone here: the check that follows reports it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+from framework.schema import STAGES, TrainingConfig
+
+__all__ = ["SCHEDULE", "escape", "find_hidden", "inherit_adapter", "nested", "spell_out", "tidy"]
+
+SCHEDULE = {"max_steps": "max_epochs", "max_epochs": "max_steps"}
+"""Two ways to give the length of training; giving one unsets the other."""
+
+_TRAINING_FIELDS = {field.name for field in fields(TrainingConfig)}
+
+
+def find_hidden(key: str, values: Mapping[str, Any]) -> str | None:
+    """Return a sentence when setting ``key`` does nothing because every stage sets its own, else None."""
+    if not _is_hidden(key, values):
+        return None
+    stages = [f"stages.{name}.{key}" for name in _present(values)]
+    return f"Expected `{key}` to have an effect, but every stage sets its own. Write {' or '.join(stages)}."
+
+
+def _is_hidden(key: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a run-level training setting is replaced by every stage, so that setting it does nothing."""
+    first, *rest = key.split(".")
+    if first not in _TRAINING_FIELDS or (first == "adapter") != bool(rest):
+        return False
+    stages = [nested(values, "stages", name) for name in _present(values)]
+    names = {first, SCHEDULE.get(first, first)}
+
+    def sets_own(stage: dict[str, Any]) -> bool:
+        if first == "adapter":
+            return rest[0] in nested(stage, "adapter")
+        return any(stage.get(name) is not None for name in names)
+
+    return bool(stages) and all(sets_own(stage) for stage in stages)
+
+
+def _present(values: Mapping[str, Any]) -> list[str]:
+    return [name for name in STAGES if isinstance(nested(values, "stages").get(name), dict)]
+
+
+def spell_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one layer with ``model: NAME`` written out and the schedule it does not choose unset."""
+    layer = copy.deepcopy(dict(values))
+    if isinstance(layer.get("model"), str):
+        layer["model"] = {"name": layer["model"]}
+    for level in (layer, *(nested(layer, "stages", stage) for stage in STAGES)):
+        for given, other in SCHEDULE.items():
+            if level.get(given) is not None and other not in level:
+                level[other] = None
+    return layer
+
+
+def tidy(values: dict[str, Any]) -> dict[str, Any]:
+    """Return merged values with YAML's habits undone: ``off`` is no boolean, one name is a list of one."""
+    tracking = values.get("tracking")
+    if isinstance(tracking, dict) and tracking.get("wandb") is False:
+        tracking["wandb"] = "off"
+    stages = [nested(values, "stages", stage) for stage in STAGES]
+    for level in (values, *stages):
+        adapter = level.get("adapter")
+        if isinstance(adapter, dict) and isinstance(adapter.get("targets"), str):
+            adapter["targets"] = [adapter["targets"]]
+    for stage in stages:
+        if "methods" in stage and stage["methods"] is None:
+            stage["methods"] = {}
+    return values
+
+
+def inherit_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values in which a stage that changes part of the adapter keeps the rest of the run's."""
+    shared = values.get("adapter")
+    for name in STAGES:
+        stage = nested(values, "stages", name)
+        if isinstance(shared, dict) and isinstance(stage.get("adapter"), dict):
+            stage["adapter"] = {**shared, **stage["adapter"]}
+    return values
+
+
+def nested(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the nested mapping, or an empty one where there is none."""
+    for key in keys:
+        found = values.get(key)
+        if not isinstance(found, dict):
+            return {}
+        values = found
+    return cast(dict[str, Any], values)
+
+
+def escape(value: Any) -> Any:
+    """Return ``value`` with ``${`` in texts escaped, so that OmegaConf does not take it for a reference."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, Mapping):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item) for item in value]
+    return value

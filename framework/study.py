@@ -1,0 +1,208 @@
+"""Studies: a grid of runs over methods, tasks, harmful shares, models and seeds.
+
+A study starts from one recipe and changes it cell by cell; every cell is checked before the first one starts, so a
+grid of two days does not stop at its last row because of a spelling mistake.
+"""
+
+# ruff: noqa: RUF009 - `setting` is dataclasses.field with a rule, which ruff does not know.
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from framework.config import (
+    KnownNames,
+    MethodCheck,
+    Override,
+    RunConfig,
+    apply_overrides,
+    build,
+    check_run,
+    override_raw,
+    parse_overrides,
+    read_config,
+)
+from framework.errors import ConfigError, describe_unknown
+from framework.fields import COUNT_OR_ZERO, NOT_EMPTY, SHARE, check_instance, check_mapping, setting
+from framework.schema import FOLDER_NAME, StageName
+
+__all__ = ["GridConfig", "StudyCell", "StudyConfig", "VariantConfig", "load_study_config", "study_cells"]
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """One column of the comparison: the methods of a stage, and what else differs from the base."""
+
+    methods: dict[str, dict[str, Any]] = setting(factory=dict)
+    """Registered method name to its settings; empty is plain training."""
+    stage: StageName = "finetune"
+    """Stage the methods belong to."""
+    overrides: dict[str, Any] = setting(factory=dict)
+    """Dotted key to value, put into the base as on the command line."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError listing every field that is wrong."""
+        check_instance(self)
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """What is varied; an empty list keeps the base's value."""
+
+    methods: dict[str, VariantConfig] = setting(rule=NOT_EMPTY)
+    """Label in the tables to methods, e.g. ``AsFT: {asft: {weight: 1.0}}``, or a full variant with overrides."""
+    tasks: list[str] = setting(factory=list)
+    harmful_shares: list[float] = setting(factory=list, rule=SHARE)
+    models: list[str] = setting(factory=list)
+    seeds: list[int] = setting(factory=list, rule=COUNT_OR_ZERO)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError listing every field that is wrong."""
+        check_instance(self)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A base run and the grid laid over it."""
+
+    name: str = setting(rule=FOLDER_NAME)
+    base: dict[str, Any] = setting(rule=NOT_EMPTY)
+    """The base run as plain values; a file may name a recipe instead."""
+    grid: GridConfig = setting()
+    """What is varied."""
+    reference: str | None = None
+    """Label the others are compared with; null takes the first."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError listing every field that is wrong."""
+        check_instance(self)
+
+    @property
+    def reference_label(self) -> str:
+        """The label the others are compared with."""
+        return self.reference or next(iter(self.grid.methods))
+
+
+@dataclass(frozen=True)
+class StudyCell:
+    """One run of the grid."""
+
+    name: str
+    """Unique in the study and stable when the grid grows."""
+    label: str
+    task: str | None
+    harmful_share: float
+    model: str
+    seed: int
+    config: RunConfig
+
+
+def load_study_config(name: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Return a study from a file or by name, and the command line.
+
+    Overrides of ``name``, ``base``, ``grid`` and ``reference`` are about the study, all others about its base run.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or the study's own settings are wrong; every problem is listed.
+    """
+    values = read_config(name, kind="study")
+    own, inner = [], []
+    for override in parse_overrides(overrides):
+        if override.key == "base" or override.key.split(".")[0] in {field.name for field in fields(StudyConfig)} - {
+            "base"
+        }:
+            own.append(override)
+        else:
+            inner.append(Override(override.key.removeprefix("base."), override.value))
+    values = override_raw(values, own)
+    if isinstance(values.get("base"), str):
+        values["base"] = read_config(values["base"], kind="recipe")
+    if isinstance(values.get("base"), dict):
+        values["base"] = override_raw(values["base"], inner)
+    _spell_out_variants(values)
+    problems = [problem.text for problem in check_mapping(StudyConfig, values)]
+    labels = _labels(values)
+    reference = values.get("reference")
+    if isinstance(reference, str) and labels and reference not in labels:
+        problems.append(describe_unknown("reference", reference, labels))
+    if problems:
+        raise ConfigError(problems)
+    return build(StudyConfig, values)
+
+
+def study_cells(
+    study: StudyConfig, *, known: KnownNames | None = None, validate_methods: MethodCheck | None = None
+) -> list[StudyCell]:
+    """Return every run of the grid, methods varying fastest, each checked.
+
+    Raises:
+        ConfigError: the settings of some cell are wrong, or two cells have the same name; every problem is listed once.
+    """
+    cells: list[StudyCell] = []
+    problems: dict[str, str] = {}
+    for label, overrides in _grid_points(study):
+        try:
+            values = apply_overrides(study.base, overrides)
+        except ConfigError as error:
+            problems.update({text: label for text in error.problems if text not in problems})
+            continue
+        checked = check_run(values, known=known, validate_methods=validate_methods)
+        problems.update({text: label for text in checked.problems if text not in problems})
+        if checked.config is not None:
+            cell = _cell(study, label, values, checked.config)
+            if any(cell.name == other.name for other in cells):
+                problems[f"Expected every run to have its own name, but got {cell.name!r} twice."] = label
+            cells.append(cell)
+    if problems:
+        raise ConfigError([f"In `{label}`: {text}" for text, label in problems.items()])
+    return cells
+
+
+def _grid_points(study: StudyConfig) -> Iterator[tuple[str, list[Override]]]:
+    """Yield the label and the overrides of every cell."""
+    grid = study.grid
+    axes: list[list[Override | None]] = []
+    for key, values in (
+        ("model.name", grid.models),
+        ("stages.finetune.data.task", grid.tasks),
+        ("stages.finetune.data.harmful_share", grid.harmful_shares),
+        ("seed", grid.seeds),
+    ):
+        axes.append([Override(key, value) for value in values] or [None])
+    for point in itertools.product(*axes):
+        shared = [override for override in point if override is not None]
+        for label, variant in grid.methods.items():
+            own = [Override(key, value) for key, value in variant.overrides.items()]
+            yield label, [*shared, Override(f"stages.{variant.stage}.methods", dict(variant.methods)), *own]
+
+
+def _cell(study: StudyConfig, label: str, values: Mapping[str, Any], config: RunConfig) -> StudyCell:
+    task = config.task()
+    name, share = (task[0], task[1].harmful_share) if task else (None, 0.0)
+    parts = [label, name or "no-task", f"p{share:g}", Path(config.model.name).name, f"seed{config.seed}"]
+    slug = "-".join(re.sub(r"[^\w.]+", "-", part.lower()).strip("-.") for part in parts)
+    tracking = {**(values.get("tracking") or {})}
+    tracking["group"] = tracking.get("group") or study.name
+    named = build(RunConfig, {**values, "name": f"{study.name}/{slug}", "tracking": tracking})
+    return StudyCell(slug, label, name, share, config.model.name, config.seed, named)
+
+
+def _labels(values: Mapping[str, Any]) -> list[str]:
+    grid = values.get("grid")
+    methods = grid.get("methods") if isinstance(grid, dict) else None
+    return list(methods) if isinstance(methods, dict) else []
+
+
+def _spell_out_variants(values: dict[str, Any]) -> None:
+    """Write ``label: {method: {...}}`` out as a variant; a mapping that uses only a variant's keys is one already."""
+    own = {field.name for field in fields(VariantConfig)}
+    for label in _labels(values):
+        methods = values["grid"]["methods"]
+        given = methods[label]
+        if isinstance(given, dict) and not (given and set(given) <= own):
+            methods[label] = {"methods": given}
