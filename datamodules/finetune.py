@@ -69,6 +69,19 @@ class _RowDataset(Dataset[Batch]):
         )
 
 
+class _StepLoader(DataLoader[Batch]):
+    """A loader that Lightning takes for resumable, as it is: it is built at the step at which the trainer resumes.
+
+    It therefore has no state of its own; the data module checks that the rows are the same.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        return
+
+
 def _keep(batch: Any) -> Any:
     """Return the batch as it is; a module-level function, because workers must be able to import it."""
     return batch
@@ -295,7 +308,7 @@ class FineTuneDataModule(pl.LightningDataModule):
 
     def _loader(self, encoded: Sequence[EncodedExample], batches: Any) -> DataLoader[Batch]:
         pad_id = cast(int, self.encoder.tokenizer.pad_token_id)
-        return DataLoader(
+        return _StepLoader(
             _RowDataset(encoded, pad_id=pad_id),
             batch_sampler=batches,
             collate_fn=_keep,

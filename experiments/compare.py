@@ -15,7 +15,7 @@ from framework.errors import SeawallError
 from framework.files import fingerprint, read_json, to_plain, write_atomic, write_json
 from framework.study import StudyCell, StudyConfig, study_cells
 
-__all__ = ["collect_rows", "compare_study"]
+__all__ = ["collect_rows", "collect_stages", "compare_study"]
 
 LOGGER = logging.getLogger("seawall")
 RESULTS_ROOT = Path(__file__).parent / "results"
@@ -35,7 +35,7 @@ def compare_study(
         results_root: folder of the kept results.
 
     Returns:
-        ``{"name", "rows", "runs", "folder"}``; ``rows`` feed the result table.
+        ``{"name", "rows", "stages", "runs", "folder"}``; ``rows`` feed the result table.
     """
     cells = study_cells(study)
     folder = results_root / study.name
@@ -44,8 +44,15 @@ def compare_study(
         if console is not None:
             console.print(f"[bold]run {number}/{len(cells)}[/bold] {cell.name}")
         runs.append(_run_cell(cell, folder, console))
-    rows = collect_rows([run for run in runs if run["status"] == "finished"])
-    table = {"name": study.name, "rows": rows, "runs": [_brief(run) for run in runs], "folder": str(folder)}
+    finished = [run for run in runs if run["status"] == "finished"]
+    rows = collect_rows(finished)
+    table = {
+        "name": study.name,
+        "rows": rows,
+        "stages": collect_stages(finished),
+        "runs": [_brief(run) for run in runs],
+        "folder": str(folder),
+    }
     write_json(folder / "table.json", table)
     write_atomic(folder / "table.md", f"# {study.name}\n\n{markdown_table(rows)}\n")
     return table
@@ -90,6 +97,22 @@ def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             suffix = f" (seed {run['seed']})" if many_seeds and row["point"] != "start" else ""
             rows.append({**row, "label": row["label"] + suffix, "seed": run["seed"]})
     return sorted(rows, key=lambda row: ("start", "align", "finetune", "repair").index(row["point"]))
+
+
+def collect_stages(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the wall time of everything the runs did, each shared stage once, in the order it was done."""
+    seen: set[str] = set()
+    times = []
+    for run in runs:
+        for stage in run["results"]["stages"]:
+            if stage["stage"] in ("align", "evaluate start", "evaluate align"):
+                name = stage["stage"] if run["seed"] == runs[0]["seed"] else f"{stage['stage']} (seed {run['seed']})"
+            else:
+                name = f"{run['label']}: {stage['stage']} (seed {run['seed']})"
+            if name not in seen:
+                seen.add(name)
+                times.append({"stage": name, "seconds": stage["seconds"], "reused": stage["reused"]})
+    return times
 
 
 def _brief(run: dict[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ COLUMNS = (
     Column("train", _cost("train_seconds", format_seconds), is_cost=True),
     Column("evaluate", _cost("evaluate_seconds", format_seconds), is_cost=True),
     Column("tokens/s", _cost("tokens_per_second", _speed), is_cost=True),
-    Column("peak memory", _cost("peak_memory_mib", _memory), is_cost=True),
+    Column("memory", _cost("peak_memory_mib", _memory), is_cost=True),
 )
 OPTIONAL_COLUMNS = frozenset({"harmful rate"})
 """Left out when no row has them; the others show a dash."""
@@ -279,11 +279,11 @@ def _fitting_groups(rows: Sequence[Row], columns: Sequence[Column], width: int) 
     groups: list[list[Column]] = []
     used = width
     for column in columns:
-        needed = 2 + max(len(line) for row in rows for line in [*_lines(column.read(row)), column.title])
+        needed = 3 + max(len(line) for row in rows for line in [*_lines(column.read(row)), column.title])
         is_new_kind = bool(groups) and groups[-1][0].is_cost != column.is_cost
         if used + needed > width or is_new_kind:
             groups.append([])
-            used = label + 4
+            used = label + 2
         groups[-1].append(column)
         used += needed
     return groups

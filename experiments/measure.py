@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from framework.evaluation.likelihood import mean_nll, read_choices, score_choices
-from framework.evaluation.margin import refusal_margin
-
 from datamodules.catalog import evaluation_prompts
 from datamodules.embedded_sets import benign_examples
+from datamodules.readers import find_file
 from datamodules.tasks import create_task
 from framework.chat import ChatEncoder
 from framework.config import EvaluateConfig
 from framework.cost import CostLedger
-from framework.errors import ConfigError
+from framework.errors import ConfigError, DataError
 from framework.evaluation.judges import create_judge
+from framework.evaluation.likelihood import ChoiceItem, mean_nll, read_bbh, read_mmlu, score_choices
+from framework.evaluation.margin import refusal_margin
 from framework.evaluation.records import write_samples
 from framework.evaluation.suite import EvaluationSet, evaluate_model
 from framework.examples import Prompt
@@ -28,7 +28,7 @@ from framework.models import ModelSpec, load_model
 __all__ = ["Measurement", "TaskChoice", "evaluation_sets", "measure_model"]
 
 FORMAT = 1
-MARGIN_PROMPTS = 40
+MARGIN_PROMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,22 @@ def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> di
         nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=config.batch_size)
         metrics["benign_nll"] = to_plain(nll)
     for name in config.multiple_choice:
-        scored = score_choices(model, encoder, read_choices(Path(name)), batch_size=config.batch_size)
-        metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored)
+        scored = score_choices(model, encoder, choice_items(name), batch_size=config.batch_size)
+        metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored.accuracy)
     return metrics
+
+
+def choice_items(name: str) -> list[ChoiceItem]:
+    """Return the multiple-choice items of a file or folder: CSV in the layout of MMLU, JSON in that of BBH.
+
+    Raises:
+        DataError: nothing of the kind is there.
+    """
+    path = find_file(name)
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".csv", ".json")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"Expected `{path}` to hold .csv or .json files of multiple-choice items, but got none.")
+    return [item for file in files for item in (read_mmlu(file) if file.suffix == ".csv" else read_bbh(file))]
 
 
 def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from callbacks.telemetry import RefusalMarginProbe
 from datamodules.catalog import evaluation_prompts, harmful_examples
 from datamodules.finetune import FineTuneDataModule
 from experiments.stage_data import build_datamodule, poison_examples
@@ -18,6 +19,7 @@ from experiments.training import STAGE_FILE, StageJob, run_stage_job
 from framework.chat import ChatEncoder
 from framework.config import RunConfig, StageConfig, TrainingConfig
 from framework.errors import ConfigError
+from framework.evaluation.margin import refusal_margin
 from framework.examples import Example
 from framework.files import ArtifactStore, fingerprint, read_json
 from framework.method import MethodStore
@@ -26,6 +28,8 @@ from framework.models import ModelSpec, find_model, model_fingerprint
 
 __all__ = ["ModelState", "StageChain", "Watch"]
 
+PROBE_STRIDE = 4
+"""Every fourth validation prompt: ten prompts over all topics."""
 FORMAT = 1
 """Raise it when the meaning of a stage's key changes, so that old outputs are not taken for new ones."""
 
@@ -117,7 +121,7 @@ class StageChain:
                     datamodule,
                     self._store(before, base),
                     before.fingerprint,
-                    watchers=self.watch.callbacks(name),
+                    watchers=(*self.watch.callbacks(name), *self._probes(before)),
                     logger=logger,
                 )
                 with self.artifacts.writing("stage", key) as folder:
@@ -126,6 +130,19 @@ class StageChain:
                 self.watch.close_logger(logger)
             found = self.artifacts.path("stage", key)
         return ModelState(name, found / "model", fingerprint(key), read_json(found / STAGE_FILE), reused)
+
+    def _probes(self, before: ModelState) -> list[pl.Callback]:
+        """Return the refusal-margin probe, when the run asks for one; it watches and changes nothing."""
+        every = self.config.trainer.probe_every_n_steps
+        if every is None:
+            return []
+        encoder = self.encoder(before)
+        prompts = evaluation_prompts("embedded", kind="safety", split="validation")[::PROBE_STRIDE]
+
+        def margin(model: Any) -> float:
+            return refusal_margin(model, encoder, prompts, batch_size=len(prompts)).mean
+
+        return [RefusalMarginProbe(margin, every=every)]
 
     def _base(self, states: list[ModelState]) -> ModelState:
         """Return the model that entered ``align``; without that stage, the start model."""

@@ -153,16 +153,20 @@ def summary_values(metrics: Metrics) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _wandb_quiet() -> Iterator[None]:
-    """Keep W&B silent, whatever the user's environment says, and leave the environment as it was."""
-    before = os.environ.get("WANDB_SILENT")
+    """Keep W&B silent, whatever the user's environment says, and leave the environment as it was.
+
+    Lightning switches W&B offline by setting an environment variable, which would outlive this run.
+    """
+    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", "WANDB_MODE")}
     os.environ["WANDB_SILENT"] = "true"
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("WANDB_SILENT", None)
-        else:
-            os.environ["WANDB_SILENT"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

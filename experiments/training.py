@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from callbacks.checkpoint import FiniteCheckpoint
-from callbacks.telemetry import LossHistory
+from callbacks.telemetry import LossHistory, RefusalMarginProbe
 from datamodules.finetune import FineTuneDataModule
 from framework.composition import apply_edits, compose, prepare_methods
 from framework.config import RunConfig, StageConfig, TrainingConfig
@@ -126,10 +127,12 @@ def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostL
     callbacks = compose(
         methods, observers=[history, *job.watchers], writers=[checkpoint], order=tuple(job.stage.order or ())
     )
-    trainer = build_trainer(job.config, settings, datamodule, callbacks, logger=job.logger, folder=folder, model=model)
     trainable, total = count_parameters(model)
     model.train()
-    with ledger.measure("train"), _quiet_lightning():
+    with ledger.measure("train"), quiet_lightning():
+        trainer = build_trainer(
+            job.config, settings, datamodule, callbacks, logger=job.logger, folder=folder, model=model
+        )
         trainer.fit(module, datamodule=datamodule)
     model.to("cpu")
     trainable = max(trainable, count_parameters(model)[0])
@@ -147,6 +150,7 @@ def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostL
         "overflow": datamodule.overflow_report._asdict(),
         "trainable_parameters": trainable,
         "curves": history.curves(),
+        "probes": [w.history for w in job.watchers if isinstance(w, RefusalMarginProbe)],
     }
 
 
@@ -204,20 +208,16 @@ def _adapter_spec(settings: TrainingConfig) -> AdapterSpec:
     )
 
 
-class _quiet_lightning:
-    """Keep Lightning's advice about hardware and workers off the console; errors still come through."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("pytorch_lightning")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-        self._caught = warnings.catch_warnings()
-        self._caught.__enter__()
-        warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
-
-    def __exit__(self, *exc: object) -> None:
-        self._caught.__exit__(None, None, None)
-        self._logger.setLevel(self._level)
-
-
-Progress = Callable[[int, int], None]
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's advice about hardware, workers and loggers off the console; errors still come through."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -74,7 +74,7 @@ def token_mean_scale(trainer: pl.Trainer, batch: Any) -> float:
     if not tokens:
         raise WiringError(
             "Expected the batch to carry `step_reply_tokens`, but got none: a mean over tokens would depend on how the "
-            "step is cut into micro-batches. Use `datamodules.FineTuneDataModule`."
+            "step is cut into micro-batches. Use `datamodules.finetune.FineTuneDataModule`."
         )
     given = getattr(batch, "step_micro_batches", accumulated)
     if given != accumulated:

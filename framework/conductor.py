@@ -123,7 +123,8 @@ def _configure_data(method: Method, datamodule: Any) -> None:
     if not hasattr(datamodule, "add_source") or not hasattr(datamodule, "num_contributions"):
         raise WiringError(
             f"Method `{method.name}` adds data, but the trainer's data module is {type(datamodule).__name__}, which "
-            "has no `add_source` or no `num_contributions`. Use `datamodules.FineTuneDataModule`, or give yours both."
+            "has no `add_source` or no `num_contributions`. Use `datamodules.finetune.FineTuneDataModule`, or give "
+            "yours both."
         )
     before = datamodule.num_contributions
     method.configure_data(datamodule)

@@ -1,8 +1,9 @@
 """Configuration files: found, merged with the command line, checked as a whole, and turned into frozen dataclasses.
 
 Order of merging: defaults of the schema, the recipe that is extended, the recipe file, ``key=value`` from the command
-line. OmegaConf reads and merges; nothing outside this file sees it. Every problem of a configuration is reported in one
-``ConfigError``, before any model loads.
+line. OmegaConf reads and merges; nothing outside this file sees it. It could build the dataclasses too, but it stops at
+the first problem and takes several times as long. Every problem of a configuration is reported in one ``ConfigError``,
+before any model loads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from framework.consistency import KnownNames, MethodCheck, evaluate_problems, run_problems
 from framework.errors import ConfigError
-from framework.fields import Problem, check_mapping
+from framework.fields import Problem, build_instance, check_mapping
 from framework.files import to_plain
 from framework.schema import STAGES, RunConfig
 from framework.schema import AdapterConfig as AdapterConfig
@@ -42,7 +43,6 @@ __all__ = [
     "Override",
     "RunConfig",
     "apply_overrides",
-    "build",
     "check_run",
     "load_evaluate_config",
     "load_run_config",
@@ -55,7 +55,6 @@ __all__ = [
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "configs"
 """Configurations that come with the project, one folder a kind."""
 
-_Schema = TypeVar("_Schema")
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -114,7 +113,7 @@ def load_evaluate_config(
     if values.get("task") is not None and isinstance(values.setdefault("evaluate", {}), dict):
         values["evaluate"].setdefault("task", True)
     values, problems = _field_problems(EvaluateCommandConfig, values)
-    config = build(EvaluateCommandConfig, values)
+    config = build_instance(EvaluateCommandConfig, values)
     problems += _not_repeated(problems, evaluate_problems(config, known=known or KnownNames()))
     if problems:
         raise ConfigError([problem.text for problem in problems])
@@ -130,16 +129,10 @@ def check_run(
     kinds of problems are reported together.
     """
     pruned, problems = _field_problems(RunConfig, values)
-    config = build(RunConfig, {"name": "unnamed", **pruned})
+    config = build_instance(RunConfig, {"name": "unnamed", **pruned})
     between = run_problems(config, known=known or KnownNames(), validate_methods=validate_methods)
     problems += _not_repeated(problems, between)
     return CheckedRun(None if problems else config, [problem.text for problem in problems])
-
-
-def build(schema: type[_Schema], values: Mapping[str, Any]) -> _Schema:
-    """Return an instance of the dataclass ``schema`` from checked values."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), escape(dict(values)))
-    return cast(_Schema, OmegaConf.to_object(merged))
 
 
 def to_yaml(config: Any) -> str:

@@ -6,13 +6,14 @@ rule), because a user who repairs one line should not have to start again to lea
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from framework.errors import ConfigError
 
@@ -25,10 +26,14 @@ __all__ = [
     "SHARE",
     "Problem",
     "Rule",
+    "build_instance",
     "check_instance",
     "check_mapping",
     "setting",
 ]
+
+
+Schema = TypeVar("Schema")
 
 
 class Rule(NamedTuple):
@@ -90,6 +95,30 @@ def check_instance(instance: Any, *, path: str = "") -> None:
     problems = list(_check_fields(type(instance), values, path, {}))
     if problems:
         raise ConfigError([problem.text for problem in problems])
+
+
+def build_instance(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """Return an instance of the dataclass ``schema`` from values that ``check_mapping`` found correct.
+
+    Raises:
+        ConfigError: a value is wrong after all; each class checks itself.
+    """
+    hints = typing.get_type_hints(schema)
+    return schema(**{name: _build_value(hints[name], value) for name, value in values.items()})
+
+
+def _build_value(hint: Any, value: Any) -> Any:
+    inner, _ = _without_none(hint)
+    if value is None:
+        return None
+    if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+        return value if isinstance(value, inner) else build_instance(inner, value)
+    arguments = typing.get_args(inner)
+    if typing.get_origin(inner) is list:
+        return [_build_value(arguments[0], item) for item in value]
+    if typing.get_origin(inner) is dict:
+        return {key: _build_value(arguments[1], item) for key, item in value.items()}
+    return float(value) if inner is float else copy.deepcopy(value)
 
 
 def _places(schema: type, path: str) -> Iterator[tuple[str, str]]:
@@ -201,7 +230,7 @@ def _wanted(hint: Any, rule: Rule | None) -> str:
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in typing.get_args(hint))}"
     if origin is list:
-        return f"a list, each item {_wanted(typing.get_args(hint)[0], rule)}"
+        return f"a list, each item {_wanted(typing.get_args(hint)[0], None if rule is NOT_EMPTY else rule)}"
     if origin is dict:
         return "a mapping of names to values"
     text = _SCALARS.get(hint, getattr(hint, "__name__", str(hint)))

@@ -29,6 +29,9 @@ from framework.parameters import nonfinite_names, trainable_names
 __all__ = ["FineTuneModule", "TokenOutputs", "forward_reply_tokens", "learning_rate_factor"]
 
 
+RNG_KEY = "seawall_rng"
+
+
 class TokenOutputs(NamedTuple):
     """The forward pass at the reply tokens only."""
 
@@ -144,6 +147,7 @@ class FineTuneModule(pl.LightningModule):
         self.base_fingerprint = base_fingerprint
         self.tokens_seen = 0
         self.reply_tokens_seen = 0
+        self._random_state: dict[str, Any] | None = None
         # Frozen weights are not in checkpoints, so loading one must accept their absence (checked in the hook below).
         self.strict_loading = False
         if gradient_checkpointing:
@@ -165,6 +169,14 @@ class FineTuneModule(pl.LightningModule):
         """Log the mean negative log-likelihood per reply token (nats) over the validation rows."""
         outputs = forward_reply_tokens(self.model, batch)
         self.log("eval/nll", outputs.nll.mean(), batch_size=outputs.nll.shape[0], sync_dist=True)
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the interrupted run, so that dropout draws what it would have drawn."""
+        if self._random_state is None:
+            return
+        torch.set_rng_state(self._random_state["cpu"].cpu())
+        if len(self._random_state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._random_state["cuda"]])
 
     def on_train_end(self) -> None:
         """Refuse to hand on weights that are not finite: the last update comes after the last look at the loss.
@@ -196,6 +208,7 @@ class FineTuneModule(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
         checkpoint[MANIFEST_KEY] = self._manifest()
         checkpoint["tokens_seen"] = [self.tokens_seen, self.reply_tokens_seen]
+        checkpoint[RNG_KEY] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse other methods or settings, and a checkpoint whose weights are not the ones trained here.
@@ -212,10 +225,7 @@ class FineTuneModule(pl.LightningModule):
                 f"{len(found)}; they differ in {odd}. Resume with the settings it was written with."
             )
         self.tokens_seen, self.reply_tokens_seen = checkpoint["tokens_seen"]
-        # Weights are restored before the training loader is asked for: it goes on where the interrupted run stopped.
-        datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "start_step"):
-            datamodule.start_step = checkpoint["global_step"]
+        self._random_state = checkpoint[RNG_KEY]
 
     def _manifest(self) -> Mapping[str, Any]:
         return manifest(methods_of(self.trainer), base=self.base_fingerprint)
@@ -238,5 +248,7 @@ class FineTuneModule(pl.LightningModule):
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # transformers 5.2x renamed the switch and warns about the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
     model.enable_input_require_grads()  # type: ignore[operator]

@@ -202,6 +202,8 @@ class TrainerConfig(_Checked):
     """Use only operations that repeat bit for bit."""
     log_every_n_steps: int = setting(10, rule=COUNT)
     checkpoint_every_n_steps: int = setting(50, rule=COUNT)
+    probe_every_n_steps: int | None = setting(None, rule=COUNT)
+    """Steps between two looks at the refusal margin in training; null never looks."""
     threads: int | None = setting(None, rule=COUNT)
     """CPU threads of one process; null takes every core."""
 

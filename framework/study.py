@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,13 @@ from framework.config import (
     Override,
     RunConfig,
     apply_overrides,
-    build,
     check_run,
     override_raw,
     parse_overrides,
     read_config,
 )
 from framework.errors import ConfigError, describe_unknown
-from framework.fields import COUNT_OR_ZERO, NOT_EMPTY, SHARE, check_instance, check_mapping, setting
+from framework.fields import COUNT_OR_ZERO, NOT_EMPTY, SHARE, build_instance, check_instance, check_mapping, setting
 from framework.schema import FOLDER_NAME, StageName
 
 __all__ = ["GridConfig", "StudyCell", "StudyConfig", "VariantConfig", "load_study_config", "study_cells"]
@@ -132,7 +131,7 @@ def load_study_config(name: str | Path, overrides: Sequence[str] = ()) -> StudyC
         problems.append(describe_unknown("reference", reference, labels))
     if problems:
         raise ConfigError(problems)
-    return build(StudyConfig, values)
+    return build_instance(StudyConfig, values)
 
 
 def study_cells(
@@ -154,7 +153,7 @@ def study_cells(
         checked = check_run(values, known=known, validate_methods=validate_methods)
         problems.update({text: label for text in checked.problems if text not in problems})
         if checked.config is not None:
-            cell = _cell(study, label, values, checked.config)
+            cell = _cell(study, label, checked.config)
             if any(cell.name == other.name for other in cells):
                 problems[f"Expected every run to have its own name, but got {cell.name!r} twice."] = label
             cells.append(cell)
@@ -181,14 +180,13 @@ def _grid_points(study: StudyConfig) -> Iterator[tuple[str, list[Override]]]:
             yield label, [*shared, Override(f"stages.{variant.stage}.methods", dict(variant.methods)), *own]
 
 
-def _cell(study: StudyConfig, label: str, values: Mapping[str, Any], config: RunConfig) -> StudyCell:
+def _cell(study: StudyConfig, label: str, config: RunConfig) -> StudyCell:
     task = config.task()
     name, share = (task[0], task[1].harmful_share) if task else (None, 0.0)
     parts = [label, name or "no-task", f"p{share:g}", Path(config.model.name).name, f"seed{config.seed}"]
     slug = "-".join(re.sub(r"[^\w.]+", "-", part.lower()).strip("-.") for part in parts)
-    tracking = {**(values.get("tracking") or {})}
-    tracking["group"] = tracking.get("group") or study.name
-    named = build(RunConfig, {**values, "name": f"{study.name}/{slug}", "tracking": tracking})
+    tracking = replace(config.tracking, group=config.tracking.group or study.name)
+    named = replace(config, name=f"{study.name}/{slug}", tracking=tracking)
     return StudyCell(slug, label, name, share, config.model.name, config.seed, named)
 
 

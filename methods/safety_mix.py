@@ -57,7 +57,6 @@ class SafetyMix(Method):
     """SafeInstruct: fixed safety rows among the task rows."""
 
     config: SafetyMixConfig
-    supports = frozenset({"single", "ddp", "fsdp", "deepspeed"})
 
     def configure_data(self, datamodule: Any) -> None:
         """Add the pairs as a source of their own."""

@@ -2,7 +2,7 @@
 
 Files: ``sqlgen_train.json`` in Alpaca columns (``instruction``, ``input`` with question and CREATE statement,
 ``output``); a seeded tenth is held out for testing. Hub: ``b-mc2/sql-create-context``. Graded by exact match after
-normalising spaces, case outside of quotes, and the final semicolon: a different query with the same result counts as wrong.
+normalising spaces, case outside of quotes, and the final semicolon: another query with the same result counts as wrong.
 """
 
 from __future__ import annotations

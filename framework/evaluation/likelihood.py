@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChoiceItem", "ChoiceResult", "mean_nll", "read_bbh", "read_mmlu", "score_choices"]
 
+_MAX_LOGITS = 2**26
+"""Logits held at once, 256 MiB in float32; long replies are computed in smaller batches."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MMLU_COLUMNS = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
 _LETTERED = re.compile(r"^\(([A-Z])\)", re.MULTILINE)
@@ -140,7 +143,7 @@ def mean_nll(
         model: any HF causal language model, bare or wrapped by peft.
         encoder: renders the conversations.
         examples: at least one.
-        batch_size: replies computed together.
+        batch_size: replies computed together at most.
 
     Returns:
         The mean named ``nll``, with tokens as its count and replies as its groups.
@@ -153,10 +156,14 @@ def mean_nll(
     rows = [encoder.encode_example(example) for example in examples]
     check_prompts(model, [row.input_ids[:-1] for row in rows], max_new_tokens=1, batch_size=batch_size)
     rows.sort(key=lambda row: (-row.num_reply_tokens, -len(row.input_ids)))
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
     metric = MeanMetricWithInterval()
     with evaluating(model):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+        start = 0
+        while start < len(rows):
+            affordable = _MAX_LOGITS // (vocab_size * rows[start].num_reply_tokens)
+            batch = rows[start : start + min(batch_size, max(1, affordable))]
+            start += len(batch)
             counts = [row.num_reply_tokens for row in batch]
             metric.update(_reply_nll(model, [row.input_ids for row in batch], counts), torch.tensor(counts))
     return metric.mean("nll")
@@ -175,8 +182,8 @@ def _reply_nll(model: PreTrainedModel, rows: Sequence[Sequence[int]], counts: Se
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
     logits = model(**inputs, use_cache=False, logits_to_keep=most).logits.float()
     targets = ids[:, -most:].to(device)
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    return (losses.cpu() * is_reply).sum(dim=-1)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses.view_as(targets).cpu() * is_reply).sum(dim=-1)
 
 
 def read_mmlu(path: Path) -> list[ChoiceItem]:
@@ -189,7 +196,7 @@ def read_mmlu(path: Path) -> list[ChoiceItem]:
     """
     category = re.sub(r"_(test|dev|val)$", "", path.stem)
     items = []
-    for number, row in enumerate(csv.DictReader(_read(path).splitlines(keepends=True)), start=1):
+    for number, row in enumerate(csv.DictReader(io.StringIO(_read(path))), start=1):
         if any(not row.get(column) for column in _MMLU_COLUMNS) or row["answer"] not in ("0", "1", "2", "3"):
             raise DataError(
                 f"Expected row {number} of `{path}` to have {', '.join(_MMLU_COLUMNS)} with an answer from 0 to 3, "
@@ -206,8 +213,8 @@ def read_mmlu(path: Path) -> list[ChoiceItem]:
 def read_bbh(path: Path) -> list[ChoiceItem]:
     """Return the items of one BIG-Bench-Hard json file (``examples``, each with ``input`` and ``target``).
 
-    Choices are the options in the input: ``(A) …`` by letter, ``- Yes`` by text. Where the input names none, they are all
-    different targets of the file.
+    Choices are the options in the input: ``(A) …`` by letter, ``- Yes`` by text. Where the input names none, they are
+    all different targets of the file.
 
     Raises:
         DataError: the file is missing, no json of this layout, or a target is not among the options.
@@ -227,7 +234,8 @@ def read_bbh(path: Path) -> list[ChoiceItem]:
         choices = _options(text) or targets
         if target not in choices:
             raise DataError(
-                f"Expected the target of example {number} of `{path}` to be one of {list(choices)!r}, but got {target!r}."
+                f"Expected the target of example {number} of `{path}` to be one of {', '.join(choices)}, but got "
+                f"{target!r}."
             )
         items.append(ChoiceItem(f"{path.stem}-{number}", text, choices, choices.index(target), path.stem))
     return items

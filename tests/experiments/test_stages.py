@@ -148,3 +148,14 @@ def test_stage_json_is_plain_json(tmp_path, tiny_folder):
     record = read_json(states[2].folder.parent / "stage.json")
     assert record["stage"] == "finetune"
     assert len(record["curves"]["step"]) == 3
+
+
+def test_refusal_margin_is_probed_and_changes_nothing(tmp_path, tiny_folder):
+    plain = run(recipe(tmp_path, tiny_folder, "stages.align=null"), ArtifactStore(tmp_path / "a"))
+    probed = run(
+        recipe(tmp_path, tiny_folder, "stages.align=null", "trainer.probe_every_n_steps=2"), ArtifactStore(tmp_path / "b")
+    )
+    history = probed[1].record["probes"][0]
+    assert [step for step, _ in history] == [0, 2]
+    assert history[0][1] != history[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain[1]).values(), weights(probed[1]).values(), strict=True))

