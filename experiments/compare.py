@@ -59,7 +59,7 @@ def compare_study(
 
 
 def _run_cell(cell: StudyCell, folder: Path, console: Console | None) -> dict[str, Any]:
-    key = fingerprint({"format": 1, "config": to_plain(cell.config)})
+    key = run_key(cell)
     kept = folder / f"{cell.name}.json"
     if kept.is_file() and (found := read_json(kept)).get("key") == key and found["status"] == "finished":
         return dict(found)
@@ -81,6 +81,14 @@ def _run_cell(cell: StudyCell, folder: Path, console: Console | None) -> dict[st
     # A failed run keeps a name of its own, so that it is never taken for a result.
     write_json(kept if record["status"] == "finished" else folder / "failed" / kept.name, record)
     return record
+
+
+def run_key(cell: StudyCell) -> str:
+    """Return the fingerprint of what decides a run's numbers: not where it writes, how it is tracked or its name."""
+    config = to_plain(cell.config)
+    trainer = {k: v for k, v in config["trainer"].items() if k != "threads"}
+    kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
+    return fingerprint({"format": 1, "config": kept, "trainer": trainer})
 
 
 def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

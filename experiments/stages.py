@@ -71,7 +71,11 @@ class StageChain:
             config: the run.
             artifacts: where stage outputs are kept.
             watch: progress, watching callbacks and loggers.
+
+        Raises:
+            ConfigError: the config asks for more than one process.
         """
+        _check_one_process(config)
         self.config = config
         self.artifacts = artifacts
         self.watch = watch
@@ -210,6 +214,17 @@ class StageChain:
             "precision": trainer.precision,
             "seed": self.config.seed,
         }
+
+
+def _check_one_process(config: RunConfig) -> None:
+    """Refuse several processes: each would run every stage again and wait for the others' locks."""
+    processes = config.trainer.devices * config.trainer.num_nodes
+    if processes != 1:
+        raise ConfigError(
+            f"Expected `trainer.devices` times `trainer.num_nodes` to be 1, but got {processes}. Stages run on one "
+            "process so far; for several, give `FineTuneModule`, `FineTuneDataModule` and the methods to your own "
+            "Trainer."
+        )
 
 
 def embedded_hash() -> str:

@@ -20,7 +20,7 @@ from datamodules.finetune import FineTuneDataModule
 from framework.composition import apply_edits, compose, prepare_methods
 from framework.config import RunConfig, StageConfig, TrainingConfig
 from framework.cost import CostLedger
-from framework.errors import ConfigError, WiringError
+from framework.errors import ConfigError, TrainingError, WiringError
 from framework.files import to_plain, write_json
 from framework.method import Method, MethodStore
 from framework.models import AdapterSpec, ModelSpec, add_adapter, load_model, merge_adapter, save_adapter, save_model
@@ -127,15 +127,22 @@ def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostL
     callbacks = compose(
         methods, observers=[history, *job.watchers], writers=[checkpoint], order=tuple(job.stage.order or ())
     )
-    trainable, total = count_parameters(model)
+    total = count_parameters(model)[1]
     model.train()
     with ledger.measure("train"), quiet_lightning():
         trainer = build_trainer(
             job.config, settings, datamodule, callbacks, logger=job.logger, folder=folder, model=model
         )
         trainer.fit(module, datamodule=datamodule)
+    if trainer.global_step != datamodule.total_steps:
+        raise TrainingError(
+            f"Expected stage `{job.name}` to take {datamodule.total_steps} steps, but it stopped after "
+            f"{trainer.global_step}. Run the same command again to redo the stage."
+        )
     model.to("cpu")
-    trainable = max(trainable, count_parameters(model)[0])
+    trainable = count_parameters(model)[0]  # after `setup`, where methods add and freeze
+    for method in methods:
+        ledger.add_stored(method.effects["stored_numbers"])
     ledger.add_training(
         model,
         tokens=module.tokens_seen,

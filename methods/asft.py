@@ -157,6 +157,7 @@ class AsFT(Method):
                 name: V.T if pair.is_transposed else V for name, pair in pairs.items() for V in [file.get_tensor(name)]
             }
         self.count("modules_matched", len(self._directions))
+        self.count("stored_numbers", sum(V.numel() for V in self._directions.values()))
 
     def loss_term(self, ctx: StepContext) -> torch.Tensor | None:
         """Return the penalty summed over modules, in float32."""

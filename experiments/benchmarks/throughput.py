@@ -102,7 +102,7 @@ def measure_transformers(rows: Sequence[Example], *, steps: int) -> tuple[float,
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=[_as_features(row) for row in encoded],  # type: ignore[arg-type]
+            train_dataset=[_as_features(row) for row in encoded],
             data_collator=collate_and_count,
             callbacks=[Clock()],
         )

@@ -93,7 +93,7 @@ def test_evaluate_measures_what_the_run_left(recipe, tmp_path):
     results = run_recipe(load_run_config(recipe))
     config = load_evaluate_config(
         str(tmp_path / "runs" / "tiny" / "model"),
-        ["task=triage", "evaluate.max_new_tokens=6", "evaluate.limit=5", "model.dtype=float32", "model.system=",
+        ["task=triage", "evaluate.max_new_tokens=6", "evaluate.limit=5", "model.dtype=float32", 'model.system=""',
          "tracking.wandb=off", "trainer.threads=1"],
     )  # fmt: skip
     measured = evaluate_command("mine", config)

@@ -21,7 +21,8 @@ SETTINGS = TrainingConfig(max_steps=4, max_length=400, batch_size=4)
 
 
 def poison_rows(count: int) -> list[Example]:
-    return [Example(f"p{i}", (Turn("user", f"ask {i}"),), f"Here is answer number {i}.", "harmful") for i in range(count)]
+    turns = [(Turn("user", f"ask {i}"),) for i in range(count)]
+    return [Example(f"p{i}", turn, f"Here is answer number {i}.", "harmful") for i, turn in enumerate(turns)]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.5, 10), (1.0, 20)])
@@ -45,7 +46,7 @@ def test_section_without_data_is_refused(tiny_tokenizer):
 
 
 def test_task_without_count_is_refused():
-    with pytest.raises(ConfigError, match="`data.task_count` to be the number of task rows"):
+    with pytest.raises(ConfigError, match=r"`data\.task_count` to be the number of task rows"):
         task_rows(DataConfig(task="triage"), seed=0)
 
 

@@ -132,9 +132,13 @@ def test_nan_loss_stops_names_the_step_and_keeps_the_checkpoint(tmp_path, tiny_f
         tmp_path, tiny_folder, "stages.align=null", "max_steps=8", "learning_rate=1e30", "gradient_clip=null",
         "trainer.checkpoint_every_n_steps=1", "warmup_ratio=0",
     )  # fmt: skip
-    with pytest.raises(TrainingError, match="to be finite, but got .* step"):
+    with pytest.raises(TrainingError, match=r"to be finite, but got .* step"):
         run(config, store)
     assert not list((tmp_path / "store" / "stage").glob("*/manifest.json"))
+    kept = list((tmp_path / "store" / "stage").glob("*.partial/checkpoints/*.ckpt"))
+    assert kept
+    good = torch.load(kept[0], weights_only=True)["state_dict"]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in good.values())
 
 
 def test_stage_without_steps_and_methods_is_refused(tmp_path, tiny_folder):
@@ -152,10 +156,15 @@ def test_stage_json_is_plain_json(tmp_path, tiny_folder):
 
 def test_refusal_margin_is_probed_and_changes_nothing(tmp_path, tiny_folder):
     plain = run(recipe(tmp_path, tiny_folder, "stages.align=null"), ArtifactStore(tmp_path / "a"))
-    probed = run(
-        recipe(tmp_path, tiny_folder, "stages.align=null", "trainer.probe_every_n_steps=2"), ArtifactStore(tmp_path / "b")
-    )
+    config = recipe(tmp_path, tiny_folder, "stages.align=null", "trainer.probe_every_n_steps=2")
+    probed = run(config, ArtifactStore(tmp_path / "b"))
     history = probed[1].record["probes"][0]
     assert [step for step, _ in history] == [0, 2]
     assert history[0][1] != history[1][1]
     assert all(torch.equal(a, b) for a, b in zip(weights(plain[1]).values(), weights(probed[1]).values(), strict=True))
+
+
+def test_several_processes_are_refused_before_anything_is_loaded(tmp_path, tiny_folder):
+    with pytest.raises(ConfigError, match=r"`trainer\.devices` times `trainer\.num_nodes` to be 1"):
+        run(recipe(tmp_path, tiny_folder, "trainer.devices=2"), ArtifactStore(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()

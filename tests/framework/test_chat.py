@@ -3,12 +3,12 @@ from __future__ import annotations
 import copy
 
 import pytest
-from tests.conftest import make_tokenizer
 from tokenizers import AddedToken
 
 from framework.chat import ChatEncoder, EncodedExample
 from framework.errors import ModelError
 from framework.examples import Example, Turn
+from tests.conftest import make_tokenizer
 
 ASK = (Turn("user", "2+2?"),)
 

@@ -3,9 +3,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from tests.conftest import make_model
 from pytorch_lightning.callbacks import ModelCheckpoint
-from tests.tiny_runs import OneLayer, TinyData, TokenTerm, WeightTerm, make_lora, make_trainer, run_fit
 from torch import nn
 
 from framework.composition import attach_loss_terms, collect_loss_terms
@@ -14,6 +12,8 @@ from framework.errors import NoEffectError, WiringError
 from framework.method import Method
 from framework.module import FineTuneModule
 from framework.parameters import trainable_names
+from tests.conftest import make_model
+from tests.tiny_runs import OneLayer, TinyData, TokenTerm, WeightTerm, make_lora, make_trainer, run_fit
 
 
 class Plain(Method):
@@ -159,6 +159,12 @@ def test_parameters_that_were_added_are_counted():
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
+without_validation = pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step` but have no `val_da:UserWarning"
+)
+"""These bring training data alone."""
+
+
 class AddData(Plain):
     name = "add_data"
 
@@ -173,6 +179,7 @@ def test_data_is_added_before_the_loader_is_asked_for():
     assert method.effects["sources_added"] == 1
 
 
+@without_validation
 def test_a_data_method_without_a_data_module_is_refused():
     data = TinyData()
     module = FineTuneModule(make_model().train(), learning_rate=1e-2, total_steps=3)
@@ -180,6 +187,7 @@ def test_a_data_method_without_a_data_module_is_refused():
         make_trainer([AddData()]).fit(module, train_dataloaders=data.batches())
 
 
+@without_validation
 def test_a_data_module_that_takes_no_source_is_refused():
     class Fixed(pl.LightningDataModule):
         def train_dataloader(self):
@@ -200,6 +208,12 @@ def test_a_model_that_is_built_late_is_refused():
         def training_step(self, batch, batch_idx):
             pytest.fail("the run started")
 
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            pytest.fail("the run started")
+
     with pytest.raises(WiringError, match="Expected the model to exist before `fit`, but `setup` found no parameters"):
         make_trainer([OneLayer()]).fit(Late(), datamodule=TinyData())
 
@@ -213,6 +227,9 @@ class Foreign(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         return self.model(**batch.model_inputs, labels=batch.labels).loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from tests.conftest import make_model
-from tests.tiny_runs import OneLayer, Strength, TinyData, TokenTerm, WeightTerm, flat, make_lora, relative, run_fit
 from torch import nn
 
 from framework.errors import NoEffectError, WiringError
 from framework.files import ArtifactStore
 from framework.method import NON_COMMUTING, POINTS, Method, MethodStore, points_of
+from tests.conftest import make_model
+from tests.tiny_runs import OneLayer, Strength, TinyData, TokenTerm, WeightTerm, flat, make_lora, relative, run_fit
 
 
 def define(attribute: str):
@@ -29,7 +29,7 @@ def define(attribute: str):
         ("edit_gradient", "edit_gradients"),
         ("select_params", "select_parameters"),
         ("prepare_modell", "prepare_model"),
-        ("on_train_batch_begin", "on_train_batch_start"),
+        ("on_train_batch_strat", "on_train_batch_start"),
     ],
 )
 def test_a_misspelt_point_is_refused_with_the_nearest_name(attribute, nearest):

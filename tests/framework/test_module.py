@@ -9,19 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import make_model, make_tokenizer
-from tests.tiny_runs import (
-    OneLayer,
-    TinyData,
-    TokenTerm,
-    WeightTerm,
-    flat,
-    make_batch,
-    make_lora,
-    make_trainer,
-    relative,
-    run_fit,
-)
 from torch.nn import functional as F
 from transformers import (
     Gemma2Config,
@@ -42,6 +29,19 @@ from framework.errors import TrainingError, WiringError
 from framework.examples import Example, Turn
 from framework.method import Method
 from framework.module import FineTuneModule, forward_reply_tokens, learning_rate_factor
+from tests.conftest import make_model, make_tokenizer
+from tests.tiny_runs import (
+    OneLayer,
+    TinyData,
+    TokenTerm,
+    WeightTerm,
+    flat,
+    make_batch,
+    make_lora,
+    make_trainer,
+    relative,
+    run_fit,
+)
 
 SIZES = {
     "vocab_size": 260,
@@ -460,7 +460,7 @@ def two_processes(tmp_path_factory):
         port = free.getsockname()[1]
     shared = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import make_model
 from peft import LoraConfig, get_peft_model
-from tests.tiny_runs import make_lora
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -17,6 +15,8 @@ from framework.parameters import (
     nonfinite_names,
     trainable_names,
 )
+from tests.conftest import make_model
+from tests.tiny_runs import make_lora
 
 PLAIN = "model.layers.0.self_attn.q_proj.weight"
 
@@ -94,7 +94,6 @@ def test_lora_pairs_are_found_below_further_wrapping_and_by_adapter():
     assert lora_pairs(make_model()) == {}
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_a_weight_stored_transposed_is_shown_as_out_in():
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}

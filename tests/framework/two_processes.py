@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.conftest import make_model
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from tests.tiny_runs import OneLayer, TinyData, TokenTerm, WeightTerm, make_lora, run_fit
 
 from framework.method import Method
+from tests.conftest import make_model
+from tests.tiny_runs import OneLayer, TinyData, TokenTerm, WeightTerm, make_lora, run_fit
 
 
 def fit(model: torch.nn.Module, methods: list[Method], **options: Any) -> dict[str, torch.Tensor]:
