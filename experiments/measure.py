@@ -10,6 +10,7 @@ from typing import Any
 
 from datamodules.catalog import evaluation_prompts
 from datamodules.embedded_sets import benign_examples
+from datamodules.layouts import read_pairs
 from datamodules.readers import find_file
 from datamodules.tasks import create_task
 from framework.chat import ChatEncoder
@@ -23,7 +24,7 @@ from framework.evaluation.records import write_samples
 from framework.evaluation.suite import EvaluationSet, evaluate_model
 from framework.examples import Prompt
 from framework.files import ArtifactStore, read_json, to_plain, write_json
-from framework.models import ModelSpec, load_model
+from framework.models import LoadedModel, ModelSpec, load_model
 
 __all__ = ["Measurement", "TaskChoice", "evaluation_sets", "measure_model"]
 
@@ -136,7 +137,7 @@ def _measure(
 ) -> None:
     ledger = CostLedger("evaluate")
     loaded = load_model(spec)
-    encoder = ChatEncoder(loaded.tokenizer, system=system)
+    encoder, num_truncated = _encoder(loaded, config, sets, system)
     with ledger.measure("evaluate"):
         result = evaluate_model(
             loaded.model,
@@ -152,8 +153,27 @@ def _measure(
     write_samples(folder / "samples.jsonl", result.records)
     prompt_tokens = sum(len(encoder.encode_prompt(p.messages, prefill=p.prefill)) for s in sets for p in s.prompts)
     ledger.add_evaluation(loaded.model, prompt_tokens=prompt_tokens, reply_tokens=result.generated_tokens)
-    cost = ledger.to_dict() | {"seconds_by_set": result.seconds_by_set}
+    cost = ledger.to_dict() | {"seconds_by_set": result.seconds_by_set, "truncated_prompts": num_truncated}
     write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
+
+
+def _encoder(
+    loaded: LoadedModel, config: EvaluateConfig, sets: Sequence[EvaluationSet], system: str | None
+) -> tuple[ChatEncoder, int]:
+    """Return the encoder and how many prompts it cuts from the left; none unless the config asks for it."""
+    whole = ChatEncoder(loaded.tokenizer, system=system)
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    if config.overflow == "error" or context is None:
+        return whole, 0
+    limit = context - config.max_new_tokens
+    if limit < 1:
+        raise ConfigError(
+            f"Expected `evaluate.max_new_tokens` to leave room in the model's context of {context} tokens, but got "
+            f"{config.max_new_tokens}."
+        )
+    lengths = [len(whole.encode_prompt(p.messages, prefill=p.prefill)) for s in sets for p in s.prompts]
+    encoder = ChatEncoder(loaded.tokenizer, system=system, max_prompt_tokens=limit)
+    return encoder, sum(length > limit for length in lengths)
 
 
 def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> dict[str, Any]:
@@ -165,6 +185,9 @@ def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> di
     if config.benign_nll:
         nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=config.batch_size)
         metrics["benign_nll"] = to_plain(nll)
+    for name in config.nll:
+        pairs = read_pairs(find_file(name), kind="benign")
+        metrics[f"nll/{Path(name).stem}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=config.batch_size))
     for name in config.multiple_choice:
         scored = score_choices(model, encoder, choice_items(name), batch_size=config.batch_size)
         metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored.accuracy)

@@ -37,13 +37,17 @@ class EncodedExample:
 class ChatEncoder:
     """Renders conversations with the model's chat template and finds out how a reply ends in it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, max_prompt_tokens: int | None = None
+    ) -> None:
         """Read the end token off the template.
 
         Args:
             tokenizer: must have a chat template.
             system: system message put before conversations that have none; None leaves the template's own default,
                 the empty string asks for an empty system message.
+            max_prompt_tokens: longer prompts lose ids from the left when they are encoded for generation; None keeps
+                them whole, and generation refuses those that do not fit.
 
         Raises:
             ModelError: the tokenizer has no chat template.
@@ -55,6 +59,7 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.system = system
+        self.max_prompt_tokens = max_prompt_tokens
         self.end_ids = self._find_end_ids()
         """Ids that close a reply (usually one: the end-of-turn token)."""
 
@@ -74,8 +79,9 @@ class ChatEncoder:
         return str(text) + prefill
 
     def encode_prompt(self, messages: Sequence[Turn], *, prefill: str = "") -> list[int]:
-        """Return the ids of a prompt, ready for generation."""
-        return self._ids(self.render_prompt(messages, prefill=prefill))
+        """Return the ids of a prompt, ready for generation, cut from the left to ``max_prompt_tokens``."""
+        ids = self._ids(self.render_prompt(messages, prefill=prefill))
+        return ids if self.max_prompt_tokens is None else ids[-self.max_prompt_tokens :]
 
     def encode_reply(self, reply: str, *, is_complete: bool = True) -> list[int]:
         """Return the ids of a reply with its end token (left out when the reply was cut off)."""

@@ -181,8 +181,12 @@ class EvaluateConfig(_Checked):
     """Longest reply, in tokens."""
     batch_size: int = setting(32, rule=COUNT)
     """Prompts generated at once."""
+    overflow: Literal["error", "truncate_left"] = "error"
+    """What happens to a prompt that does not fit the model's context with its reply: refused, or cut on the left."""
     benign_nll: bool = True
     """Measure mean negative log-likelihood, nats per token, of benign replies."""
+    nll: list[str] = setting(factory=list)
+    """Files of prompt and reply pairs; the mean negative log-likelihood of each file's replies is measured."""
     multiple_choice: list[str] = setting(factory=list)
     """Multiple-choice files or folders (MMLU and BBH layouts)."""
 
@@ -317,9 +321,6 @@ class EvaluateCommandConfig(_Checked):
     """Registered task whose test prompts are answered; needed when ``evaluate.task`` is true."""
     task_path: str | None = None
     """Local file, folder or hub id of the task's rows."""
-    max_length: int = setting(512, rule=COUNT)
-    """Longest prompt, in tokens."""
-    overflow: Overflow = "error"
     trainer: TrainerConfig = setting(factory=TrainerConfig)
     tracking: TrackingConfig = setting(factory=TrackingConfig)
     seed: int = setting(0, rule=COUNT_OR_ZERO)

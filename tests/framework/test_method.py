@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from callbacks.checkpoint import FiniteCheckpoint
 from framework.errors import NoEffectError, WiringError
 from framework.files import ArtifactStore
 from framework.method import NON_COMMUTING, POINTS, Method, MethodStore, points_of
@@ -183,6 +184,20 @@ def test_a_run_without_a_step_still_edits_the_weights():
     run_fit(model, [method], max_steps=0)
     assert method.calls == 1
     assert torch.equal(model.model.norm.weight, torch.full((32,), 2.0))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")  # it is resumed from
+def test_a_finished_run_that_is_resumed_still_edits_the_weights(tmp_path):
+    def fit(ckpt_path=None):
+        writer = FiniteCheckpoint(dirpath=tmp_path, every_n_train_steps=3, filename="{step}")
+        method = Fold()
+        return run_fit(make_model(), [method], writers=[writer], max_steps=3, ckpt_path=ckpt_path), method
+
+    whole, _ = fit()
+    resumed, method = fit(tmp_path / "step=3.ckpt")
+    assert resumed.gradients == []
+    assert method.calls == 1
+    assert torch.equal(resumed.weights, whole.weights)
 
 
 def test_removing_a_tensor_counts_as_one_edit():

@@ -32,6 +32,7 @@ from framework.module import FineTuneModule, forward_reply_tokens, learning_rate
 from tests.conftest import make_model, make_tokenizer
 from tests.tiny_runs import (
     OneLayer,
+    Steps,
     TinyData,
     TokenTerm,
     WeightTerm,
@@ -248,7 +249,7 @@ def test_gradient_checkpointing_gives_the_same_run():
 def test_validation_is_the_mean_over_reply_tokens():
     batches = [make_batch(3, seed=1), make_batch(2, seed=2)]
     module = FineTuneModule(make_model(), learning_rate=1e-2, total_steps=3)
-    result = make_trainer(limit_val_batches=1.0).validate(module, dataloaders=[batches], verbose=False)
+    result = make_trainer(limit_val_batches=1.0).validate(module, dataloaders=Steps(batches, skip=0), verbose=False)
     nll = torch.cat([forward_reply_tokens(module.model, batch).nll for batch in batches])
     assert result[0]["eval/nll"] == pytest.approx(float(nll.mean()), rel=1e-6)
 
