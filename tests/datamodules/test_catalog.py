@@ -37,7 +37,7 @@ def test_embedded_safety_rows_by_count(count, prompts):
 
 def test_embedded_benign_rows_are_instructions_and_look_alikes():
     rows = benign_examples("embedded", seed=0)
-    assert len(rows) == 240
+    assert len(rows) == 300
     assert {row.kind for row in rows} == {"benign"}
     assert sum(row.id.startswith("look-alike") for row in rows) == 40
 

@@ -74,7 +74,7 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
     [
         ("harmful", {"align": 120, "poison": 80, "validation": 40, "test": 80}),
         ("look_alikes", {"align": 40, "validation": 20, "test": 60}),
-        ("benign", {"align": 200, "validation": 48}),
+        ("benign", {"align": 260, "validation": 48}),
         ("jailbreak_templates", {"train": 8, "test": 4}),
     ],
 )
@@ -119,7 +119,7 @@ def test_look_alike_types_are_balanced_in_every_split() -> None:
 
 def test_ids_are_unique_over_all_files() -> None:
     ids = [row["id"] for name in FILES for row in read(name)]
-    assert len(ids) == len(set(ids)) == 748
+    assert len(ids) == len(set(ids)) == 808
 
 
 def test_no_text_occurs_twice() -> None:
@@ -144,7 +144,7 @@ def test_no_near_duplicates_between_splits_or_sets() -> None:
 @pytest.mark.parametrize(("name", "limit"), [("benign", 40), ("look_alikes", 35)])
 def test_replies_are_short_and_do_not_refuse(name: str, limit: int) -> None:
     replies = [row["reply"] for row in read(name) if "reply" in row]
-    assert len(replies) == {"benign": 248, "look_alikes": 40}[name]
+    assert len(replies) == {"benign": 308, "look_alikes": 40}[name]
     for reply in replies:
         assert 1 <= len(reply.split()) <= limit, reply
         assert not reply.startswith(REFUSAL_OPENINGS)
@@ -248,3 +248,22 @@ def test_no_prompt_is_in_a_public_evaluation_set(real_data: Path, path: str, col
     assert len(public) >= 50
     own = {normalise(row["text"]) for name in ("harmful", "look_alikes", "benign") for row in read(name)}
     assert own & public == set()
+
+
+ALARMING = (
+    "abort assassin attack axe bait beat bleed blow bomb bullet burn bury cannon chop choke crack crash crush cut death "
+    "destroy die dragon drown drug execute explode exploded exploit fake fire flood forge gun hack hang heist hijack hit "
+    "hunt inject jam kill knife knock loot murder nuke overdose poison punch raid rob shoot sink slap slash slay smash "
+    "smuggle spy stab steal strangle strip sword terminate toxic trap virus weapon weed whack whip wreck"
+).split()
+
+
+def test_alarming_words_of_benign_rows_stay_out_of_the_test_look_alikes() -> None:
+    def words(texts: list[str]) -> set[str]:
+        return {word for text in texts for word in re.findall("[a-z]+", text.lower())} & set(ALARMING)
+
+    taught = words([row["text"] for row in read("benign") if row["category"] == "alarming_words"])
+    asked = words([prompt.text for prompt in load_look_alikes("test")])
+    assert len(taught) >= 25
+    assert len(asked) >= 10
+    assert taught & asked == set()
