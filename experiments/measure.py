@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = ["Measurement", "TaskChoice", "evaluation_sets", "measure_model"]
 
 FORMAT = 1
 MARGIN_PROMPTS = 20
+LIKELIHOOD_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def measure_model(
     if folder is None:
         with artifacts.writing("measurement", key) as partial:
             _measure(spec, config, sets, system, partial, progress)
+        gc.collect()  # before the next model is loaded
         folder = artifacts.path("measurement", key)
     stored = read_json(folder / "metrics.json")
     return Measurement(stored["metrics"], stored["cost"], folder / "samples.jsonl", reused)
@@ -178,18 +181,20 @@ def _encoder(
 
 def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
+    # Scored replies need logits over the vocabulary at every token, generated ones only at the last.
+    batch = min(config.batch_size, LIKELIHOOD_BATCH)
     if config.safety:
         prompts = evaluation_prompts("embedded", kind="safety", split="validation")[:MARGIN_PROMPTS]
-        margin = refusal_margin(model, encoder, prompts, batch_size=config.batch_size)
+        margin = refusal_margin(model, encoder, prompts, batch_size=batch)
         metrics["refusal_margin"] = {"value": margin.mean, "denominator": margin.num_prompts, "unit": "nats"}
     if config.benign_nll:
-        nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=config.batch_size)
+        nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=batch)
         metrics["benign_nll"] = to_plain(nll)
     for name in config.nll:
         pairs = read_pairs(find_file(name), kind="benign")
-        metrics[f"nll/{Path(name).stem}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=config.batch_size))
+        metrics[f"nll/{Path(name).stem}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=batch))
     for name in config.multiple_choice:
-        scored = score_choices(model, encoder, choice_items(name), batch_size=config.batch_size)
+        scored = score_choices(model, encoder, choice_items(name), batch_size=batch)
         metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored.accuracy)
     return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,8 @@ class StageChain:
                     run_stage_job(job, folder)
             finally:
                 self.watch.close_logger(logger)
+                # Trainer, module and callbacks refer to each other: without this the next stage holds two models.
+                gc.collect()
             found = self.artifacts.path("stage", key)
         return ModelState(name, found / "model", fingerprint(key), read_json(found / STAGE_FILE), reused)
 
