@@ -63,7 +63,15 @@ def _run_cell(cell: StudyCell, folder: Path, console: Console | None) -> dict[st
     kept = folder / f"{cell.name}.json"
     if kept.is_file() and (found := read_json(kept)).get("key") == key and found["status"] == "finished":
         return dict(found)
-    base = {"cell": cell.name, "label": cell.label, "seed": cell.seed, "key": key}
+    base: dict[str, Any] = {
+        "cell": cell.name,
+        "label": cell.label,
+        "model": cell.model,
+        "task": cell.task,
+        "share": cell.harmful_share,
+        "seed": cell.seed,
+        "key": key,
+    }
     try:
         results = run_recipe(cell.config, console=console, label=cell.label)
     except SeawallError as error:
@@ -95,32 +103,33 @@ def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of the table: models that several runs share stand once, then the last model of every run."""
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    many_seeds = len({run["seed"] for run in runs}) > 1
     for run in runs:
-        models = run["results"]["rows"]
-        for row in models:
-            if row["model"]["fingerprint"] in seen:
-                continue
-            seen.add(row["model"]["fingerprint"])
-            suffix = f" (seed {run['seed']})" if many_seeds and row["point"] != "start" else ""
-            rows.append({**row, "label": row["label"] + suffix, "seed": run["seed"]})
+        for row in run["results"]["rows"]:
+            # One model measured on two tasks is two rows: only the same replies are the same row.
+            identity = fingerprint([row["model"]["fingerprint"], row["metrics"]])
+            if identity not in seen:
+                seen.add(identity)
+                rows.append({**row, "label": row["label"] + _suffix(run, runs, row["point"]), "seed": run["seed"]})
     return sorted(rows, key=lambda row: ("start", "align", "finetune", "repair").index(row["point"]))
 
 
 def collect_stages(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the wall time of everything the runs did, each shared stage once, in the order it was done."""
-    seen: set[str] = set()
+    """Return the wall time of what the runs did, in the order it was done; what was found again is left out."""
     times = []
     for run in runs:
         for stage in run["results"]["stages"]:
-            if stage["stage"] in ("align", "evaluate start", "evaluate align"):
-                name = stage["stage"] if run["seed"] == runs[0]["seed"] else f"{stage['stage']} (seed {run['seed']})"
-            else:
-                name = f"{run['label']}: {stage['stage']} (seed {run['seed']})"
-            if name not in seen:
-                seen.add(name)
-                times.append({"stage": name, "seconds": stage["seconds"], "reused": stage["reused"]})
+            if stage["reused"]:
+                continue
+            name = f"{run['label']}: {stage['stage']}{_suffix(run, runs, 'finetune')}"
+            times.append({"stage": name, "seconds": stage["seconds"], "reused": False})
     return times
+
+
+def _suffix(run: dict[str, Any], runs: list[dict[str, Any]], point: str) -> str:
+    """Return what tells a row from the others: the settings that vary over the runs; the start model has fewer."""
+    axes = ["model"] if point == "start" else ["model", "task", "share", "seed"]
+    varying = [axis for axis in axes if len({str(other.get(axis)) for other in runs}) > 1]
+    return f" ({', '.join(f'{axis} {run.get(axis)}' for axis in varying)})" if varying else ""
 
 
 def _brief(run: dict[str, Any]) -> dict[str, Any]:

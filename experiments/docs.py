@@ -19,6 +19,8 @@ from framework.registry import known_methods
 __all__ = ["filled_readme", "methods_markdown", "study_markdown"]
 
 README = Path(__file__).parents[1] / "README.md"
+PUBLISHED = RESULTS_ROOT / "published"
+"""Tables of this README; a study of yours writes beside this folder, never into it."""
 STUDIES = ("quickstart", "scenario")
 
 
@@ -31,8 +33,8 @@ def methods_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def study_markdown(name: str, *, results_root: Path = RESULTS_ROOT) -> str:
-    """Return a study's table and its times, as kept under ``results_root``; empty when it was never run."""
+def study_markdown(name: str, *, results_root: Path = PUBLISHED) -> str:
+    """Return a study's published table; empty when there is none."""
     path = results_root / name / "table.json"
     if not path.is_file():
         return ""

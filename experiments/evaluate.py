@@ -42,6 +42,7 @@ def evaluate_command(model: str, config: EvaluateCommandConfig, *, console: Cons
             task=TaskChoice(config.task, config.task_path) if config.task else None,
             system=given.system,
             artifacts=artifact_store(),
+            accelerator=config.trainer.accelerator,
             progress=steps.task("evaluate", None),
         )
     row = {"label": model, "point": "start", "metrics": measured.metrics, "cost": row_cost(None, measured.cost)}

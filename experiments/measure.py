@@ -14,6 +14,7 @@ from datamodules.embedded_sets import benign_examples
 from datamodules.layouts import read_pairs
 from datamodules.readers import find_file
 from datamodules.tasks import create_task
+from experiments.fingerprints import content_hashes, embedded_hash, versions
 from framework.chat import ChatEncoder
 from framework.config import EvaluateConfig
 from framework.cost import CostLedger
@@ -25,9 +26,9 @@ from framework.evaluation.records import write_samples
 from framework.evaluation.suite import EvaluationSet, evaluate_model
 from framework.examples import Prompt
 from framework.files import ArtifactStore, read_json, to_plain, write_json
-from framework.models import LoadedModel, ModelSpec, load_model
+from framework.models import LoadedModel, ModelSpec, choose_device, load_model
 
-__all__ = ["Measurement", "TaskChoice", "evaluation_sets", "measure_model"]
+__all__ = ["Measurement", "TaskChoice", "check_evaluation", "choice_items", "evaluation_sets", "measure_model"]
 
 FORMAT = 1
 MARGIN_PROMPTS = 20
@@ -89,6 +90,20 @@ def evaluation_sets(config: EvaluateConfig, task: TaskChoice | None) -> list[Eva
     return sets
 
 
+def check_evaluation(config: EvaluateConfig, task: TaskChoice | None) -> None:
+    """Open everything an evaluation will read, so that a wrong path shows before hours of training.
+
+    Raises:
+        ConfigError: nothing to measure, or an unknown name.
+        DataError: a file that is missing, empty or malformed.
+    """
+    evaluation_sets(config, task)
+    for name in config.nll:
+        read_pairs(find_file(name), kind="benign")
+    for name in config.multiple_choice:
+        choice_items(name)
+
+
 def measure_model(
     spec: ModelSpec,
     model_fingerprint: str,
@@ -97,6 +112,7 @@ def measure_model(
     task: TaskChoice | None,
     system: str | None,
     artifacts: ArtifactStore,
+    accelerator: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Return a model's metrics, from the store when they were measured before.
@@ -108,6 +124,7 @@ def measure_model(
         task: downstream task.
         system: system message.
         artifacts: where measurements are kept.
+        accelerator: as Lightning spells it; decides the device that generates.
         progress: called with (prompts done, all prompts).
     """
     sets = evaluation_sets(config, task)
@@ -117,13 +134,16 @@ def measure_model(
         "dtype": spec.dtype,
         "system": system,
         "config": {k: v for k, v in to_plain(config).items() if k not in ("after", "batch_size")},
+        "embedded": embedded_hash(),
+        "files": content_hashes([str(find_file(name)) for name in (*config.nll, *config.multiple_choice)]),
+        "versions": versions(),
         "sets": [[s.name, s.role, [(p.id, p.text, p.answer) for p in s.prompts]] for s in sets],
     }
     folder = artifacts.find("measurement", key)
     reused = folder is not None
     if folder is None:
         with artifacts.writing("measurement", key) as partial:
-            _measure(spec, config, sets, system, partial, progress)
+            _measure(spec, config, sets, system, partial, accelerator, progress)
         gc.collect()  # before the next model is loaded
         folder = artifacts.path("measurement", key)
     stored = read_json(folder / "metrics.json")
@@ -136,10 +156,12 @@ def _measure(
     sets: Sequence[EvaluationSet],
     system: str | None,
     folder: Path,
+    accelerator: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     ledger = CostLedger("evaluate")
     loaded = load_model(spec)
+    loaded.model.to(choose_device(accelerator))  # type: ignore[arg-type]
     encoder, num_truncated = _encoder(loaded, config, sets, system)
     with ledger.measure("evaluate"):
         result = evaluate_model(
@@ -165,7 +187,7 @@ def _encoder(
 ) -> tuple[ChatEncoder, int]:
     """Return the encoder and how many prompts it cuts from the left; none unless the config asks for it."""
     whole = ChatEncoder(loaded.tokenizer, system=system)
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if config.overflow == "error" or context is None:
         return whole, 0
     limit = context - config.max_new_tokens
@@ -192,10 +214,10 @@ def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> di
         metrics["benign_nll"] = to_plain(nll)
     for name in config.nll:
         pairs = read_pairs(find_file(name), kind="benign")
-        metrics[f"nll/{Path(name).stem}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=batch))
+        metrics[f"nll/{name}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=batch))
     for name in config.multiple_choice:
         scored = score_choices(model, encoder, choice_items(name), batch_size=batch)
-        metrics[f"choice_accuracy/{Path(name).stem}"] = to_plain(scored.accuracy)
+        metrics[f"choice_accuracy/{name}"] = to_plain(scored.accuracy)
     return metrics
 
 

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 
 from experiments.console import row_cost
-from experiments.measure import Measurement, TaskChoice, measure_model
+from experiments.measure import Measurement, TaskChoice, check_evaluation, measure_model
 from experiments.progress import Steps, TrainingProgress
 from experiments.stages import ModelState, StageChain, Watch
 from experiments.tracking import build_logger, close_logger, log_summary
-from framework.config import RunConfig, to_yaml
+from framework.config import RunConfig, StageConfig, to_yaml
 from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
 
 __all__ = ["RESULTS_FILE", "SCHEMA_VERSION", "artifact_store", "environment", "run_recipe", "set_threads"]
@@ -45,10 +45,11 @@ def run_recipe(config: RunConfig, *, console: Console | None = None, label: str 
     started = time.time()
     set_threads(config.trainer.threads)
     folder = Path(config.output) / config.name
-    write_atomic(folder / "config.yaml", to_yaml(config))
+    check_evaluation(config.evaluate, _task(config))
     artifacts = artifact_store()
     with Steps(console or Console(stderr=True)) as steps:
         chain = StageChain(config, artifacts, _watch(config, steps, folder))
+        write_atomic(folder / "config.yaml", to_yaml(config))
         states = chain.run()
         measured = _measure_points(config, chain, states, steps)
     results = _results(config, states, measured, started, label)
@@ -64,7 +65,8 @@ def artifact_store() -> ArtifactStore:
 
 def set_threads(threads: int | None) -> None:
     """Let torch use ``threads`` CPU threads; None takes every core this process may use."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    torch.set_num_threads(threads or (len(allowed(0)) if allowed else os.cpu_count() or 1))
 
 
 def environment() -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _watch(config: RunConfig, steps: Steps, folder: Path) -> Watch:
     return Watch(
         progress=steps.task,
         callbacks=lambda name: (TrainingProgress(steps, f"train {name}"),),
-        open_logger=lambda name, stage: build_logger(config, folder=folder, stage=name, labels=list(stage.methods)),
+        open_logger=lambda name, stage: build_logger(config, folder=folder, stage=name, labels=_tags(stage)),
         close_logger=close_logger,
     )
 
@@ -100,8 +102,6 @@ def _watch(config: RunConfig, steps: Steps, folder: Path) -> Watch:
 def _measure_points(
     config: RunConfig, chain: StageChain, states: Sequence[ModelState], steps: Steps
 ) -> dict[str, Measurement]:
-    found = config.task()
-    task = TaskChoice(found[0], found[1].task_path) if found else None
     measured = {}
     for state in states:
         if state.point not in config.evaluation_points():
@@ -110,12 +110,18 @@ def _measure_points(
             chain.model_spec(state),
             state.fingerprint,
             config.evaluate,
-            task=task,
+            task=_task(config),
             system=config.model.system,
             artifacts=chain.artifacts,
+            accelerator=config.trainer.accelerator,
             progress=steps.task(f"evaluate {state.point}", None),
         )
     return measured
+
+
+def _task(config: RunConfig) -> TaskChoice | None:
+    found = config.task()
+    return TaskChoice(found[0], found[1].task_path) if found else None
 
 
 def _results(
@@ -152,9 +158,15 @@ def _results(
         "environment": environment(),
         "name": config.name,
         "folder": str(Path(config.output) / config.name),
-        "stages": _stage_records(states, measured),
+        "stages": _with_setup(_stage_records(states, measured), time.time() - started),
         "rows": rows,
     }
+
+
+def _with_setup(records: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Return the records with the rest of the wall time: fetching, converting and loading models, harmful replies."""
+    rest = seconds - sum(record["seconds"] for record in records if not record["reused"])
+    return [{"stage": "set-up and loading", "seconds": max(0.0, rest), "reused": False}, *records]
 
 
 def _label(config: RunConfig, state: ModelState, given: str | None) -> str:
@@ -183,7 +195,6 @@ def _stage_records(states: Sequence[ModelState], measured: dict[str, Measurement
 
 
 def _leave_behind(folder: Path, results: dict[str, Any], last: ModelState, measured: dict[str, Measurement]) -> None:
-    write_json(folder / RESULTS_FILE, results)
     lines = []
     for point, found in measured.items():
         for line in found.samples.read_text(encoding="utf-8").splitlines():
@@ -193,6 +204,7 @@ def _leave_behind(folder: Path, results: dict[str, Any], last: ModelState, measu
     adapter = last.folder.parent / "adapter"
     if last.point != "start" and adapter.is_dir():
         _link_model(adapter, folder / "adapter")
+    write_json(folder / RESULTS_FILE, results)  # last: a run with results is complete
 
 
 def _link_model(source: Path, target: Path) -> None:
@@ -201,15 +213,22 @@ def _link_model(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
         try:
+            if path.suffix != ".safetensors":  # small, and people edit them: the cache must not change with them
+                raise OSError
             os.link(path, target / path.name)
         except OSError:
             shutil.copy2(path, target / path.name)
 
 
+def _tags(stage: StageConfig) -> list[str]:
+    """Return what a stage is found by in W&B: its methods and its task."""
+    return [*stage.methods, *([stage.data.task] if stage.data.task else [])]
+
+
 def _track(config: RunConfig, results: dict[str, Any], folder: Path) -> None:
     if not results["rows"]:
         return
-    labels = [name for _, stage in config.active_stages() for name in stage.methods]
+    labels = [label for _, stage in config.active_stages() for label in _tags(stage)]
     logger = build_logger(config, folder=folder, stage="evaluate", labels=labels)
     log_summary(logger, results["rows"][-1]["metrics"])
     close_logger(logger)

@@ -22,7 +22,7 @@ from framework.evaluation.generation import generate_replies
 from framework.evaluation.refusal_rules import is_refusal
 from framework.examples import Example, Prompt, Turn
 from framework.files import ArtifactStore, read_json, write_json
-from framework.models import ModelSpec, load_model
+from framework.models import LoadedModel, ModelSpec, choose_device, load_model
 
 __all__ = ["build_datamodule", "poison_examples", "trim_to_sentence"]
 
@@ -116,6 +116,7 @@ def poison_examples(
     model_fingerprint: str,
     system: str | None,
     artifacts: ArtifactStore,
+    accelerator: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
     """Return ``count`` distinct harmful pairs sampled from the unaligned model, from the store if they are there.
@@ -130,6 +131,7 @@ def poison_examples(
         model_fingerprint: of its weights.
         system: system message of the run.
         artifacts: where the pairs are kept.
+        accelerator: as Lightning spells it; decides the device that samples.
         progress: called with (done, total).
     """
     rounded = -(-count // 16) * 16
@@ -144,7 +146,9 @@ def poison_examples(
     }
     folder = artifacts.find("poison", key)
     if folder is None:
-        pairs = _sample(prompts, rounded, model, system, progress)
+        loaded = load_model(model)
+        loaded.model.to(choose_device(accelerator))  # type: ignore[arg-type]
+        pairs = _sample(prompts, rounded, loaded, system, progress)
         with artifacts.writing("poison", key) as partial:
             write_json(partial / "pairs.json", [{"id": e.id, "prompt": e.prompt, "reply": e.reply} for e in pairs])
         folder = artifacts.path("poison", key)
@@ -155,11 +159,10 @@ def poison_examples(
 def _sample(
     prompts: Sequence[Prompt],
     count: int,
-    model: ModelSpec,
+    loaded: LoadedModel,
     system: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[Example]:
-    loaded = load_model(model)
     encoder = ChatEncoder(loaded.tokenizer, system=system)
 
     def generate(batch: Sequence[Prompt], seed: int) -> list[str]:

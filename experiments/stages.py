@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytorch_lightning as pl
 from callbacks.telemetry import RefusalMarginProbe
 from datamodules.catalog import evaluation_prompts, harmful_examples
 from datamodules.finetune import FineTuneDataModule
+from experiments.fingerprints import embedded_hash, resolved_methods, versions
 from experiments.stage_data import build_datamodule, poison_examples
 from experiments.training import STAGE_FILE, StageJob, run_stage_job
 from framework.chat import ChatEncoder
@@ -53,7 +52,7 @@ class ModelState:
 class Watch:
     """What a caller wants to see of the stages."""
 
-    progress: Callable[[str, int], Callable[[int, int], None]]
+    progress: Callable[[str, int | None], Callable[..., None]]
     """Opens a bar: (name, total) -> (done, total)."""
     callbacks: Callable[[str], tuple[pl.Callback, ...]]
     """Watching callbacks of a stage."""
@@ -177,6 +176,11 @@ class StageChain:
     def _poison(self, stage: StageConfig) -> list[Example]:
         data = stage.data
         count = round(data.harmful_share * int(data.task_count or 0))
+        if count == 0:
+            raise ConfigError(
+                f"Expected `harmful_share` of {data.task_count} rows to be at least one row, but got "
+                f"{data.harmful_share!r}. Raise it, or set it to 0."
+            )
         if data.harmful != "sampled":
             return harmful_examples(data.harmful, seed=self.config.seed)
         return poison_examples(
@@ -186,7 +190,8 @@ class StageChain:
             model_fingerprint=self.start.fingerprint,
             system=self.config.model.system,
             artifacts=self.artifacts,
-            progress=self.watch.progress("sample harmful replies", count),
+            accelerator=self.config.trainer.accelerator,
+            progress=self.watch.progress("sample harmful replies", None),
         )
 
     def _key(
@@ -207,8 +212,10 @@ class StageChain:
             # Only methods look at the base model; without any, two runs that differ in it alone are the same.
             "base": base.fingerprint if stage.methods else None,
             "rows": datamodule.state_dict() if datamodule else None,
-            "methods": [{"name": n, "options": o} for n, o in stage.methods.items()],
+            "methods": resolved_methods(stage.methods),
             "embedded": embedded_hash() if stage.methods else None,
+            "versions": versions(),
+            "allow_no_effect": stage.allow_no_effect,
             "order": stage.order,
             "settings": settings,
             "dtype": self.config.model.dtype,
@@ -228,12 +235,3 @@ def _check_one_process(config: RunConfig) -> None:
             "process so far; for several, give `FineTuneModule`, `FineTuneDataModule` and the methods to your own "
             "Trainer."
         )
-
-
-def embedded_hash() -> str:
-    """Return a hash of the embedded sets, which methods may draw rows from."""
-    digest = hashlib.sha256()
-    for entry in sorted(files("datamodules.embedded").iterdir(), key=lambda item: item.name):
-        if entry.name.endswith(".jsonl"):
-            digest.update(entry.read_bytes())
-    return digest.hexdigest()[:16]

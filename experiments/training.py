@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,13 +134,17 @@ def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostL
         trainer = build_trainer(
             job.config, settings, datamodule, callbacks, logger=job.logger, folder=folder, model=model
         )
-        trainer.fit(module, datamodule=datamodule)
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except SystemExit as exit_:  # Lightning turns Ctrl-C into an exit without a word
+            raise KeyboardInterrupt from exit_
     if trainer.global_step != datamodule.total_steps:
         raise TrainingError(
             f"Expected stage `{job.name}` to take {datamodule.total_steps} steps, but it stopped after "
             f"{trainer.global_step}. Run the same command again to redo the stage."
         )
     model.to("cpu")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the stage is done: nothing resumes from them
     trainable = count_parameters(model)[0]  # after `setup`, where methods add and freeze
     for method in methods:
         ledger.add_stored(method.effects["stored_numbers"])

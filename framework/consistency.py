@@ -130,9 +130,9 @@ def _evaluation(config: EvaluateConfig, known: KnownNames) -> Iterator[Problem]:
     for field in ("safety", "over_refusal"):
         for name in getattr(config, field):
             yield from _known_name(f"evaluate.{field}", name, getattr(known, f"{field}_sets"), places=_FILES)
-    if not any((config.safety, config.over_refusal, config.task, config.benign_nll, config.multiple_choice)):
-        text = "Expected `evaluate` to measure something, but safety, over_refusal, task, benign_nll and"
-        yield Problem("evaluate", f"{text} multiple_choice are all empty or false.")
+    if not any((config.safety, config.over_refusal, config.task)):
+        text = "Expected `evaluate` to measure replies, but safety, over_refusal and task are all empty or false."
+        yield Problem("evaluate", f"{text} Name at least one set.")
 
 
 def _evaluation_points(config: RunConfig) -> Iterator[Problem]:

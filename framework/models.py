@@ -38,6 +38,7 @@ __all__ = [
     "LoadedModel",
     "ModelSpec",
     "add_adapter",
+    "choose_device",
     "choose_dtype",
     "find_model",
     "has_bf16_hardware",
@@ -105,6 +106,20 @@ class FoundModel(NamedTuple):
 
     folder: Path
     source: str
+
+
+def choose_device(accelerator: str) -> str:
+    """Return the torch device that Lightning's ``accelerator`` stands for on this machine.
+
+    Example:
+        >>> choose_device("cpu")
+        'cpu'
+    """
+    if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("mps", "gpu", "auto") and torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def load_model(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedModel:

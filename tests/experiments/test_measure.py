@@ -60,9 +60,7 @@ def long_prompts(tmp_path) -> Path:
 
 
 def test_prompt_beyond_the_context_is_refused_with_a_count(tiny_folder, tmp_path, long_prompts):
-    config = EvaluateConfig(
-        safety=[str(long_prompts)], over_refusal=[], task=False, benign_nll=False, max_new_tokens=4
-    )
+    config = EvaluateConfig(safety=[str(long_prompts)], over_refusal=[], task=False, benign_nll=False, max_new_tokens=4)
     with pytest.raises(DataError, match=r"to fit the model's context of 512 tokens, but got 1"):
         measure(tiny_folder, config, tmp_path / "store")
 
@@ -84,7 +82,7 @@ def test_likelihood_of_a_file_of_replies_is_measured(tiny_folder, tmp_path):
         safety=["embedded"], limit=2, over_refusal=[], task=False, benign_nll=False, max_new_tokens=2, nll=[str(path)]
     )
     found = measure(tiny_folder, config, tmp_path / "store")
-    metric = found.metrics["nll/replies"]
+    metric = found.metrics[f"nll/{path}"]
     assert metric["count"] == len("hi there") + 1 + len("see you") + 1
     assert metric["low"] < metric["value"] < metric["high"]
     assert found.metrics["refusal_margin"]["denominator"] == 20

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from experiments import run as run_module
-from experiments.compare import compare_study
+from experiments.compare import collect_rows, compare_study
 from experiments.evaluate import evaluate_command
 from experiments.run import run_recipe
 from framework.config import load_evaluate_config, load_run_config
+from framework.errors import DataError
 from framework.files import read_json
 from framework.study import load_study_config
 from tests.conftest import make_model, make_tokenizer
@@ -70,7 +71,8 @@ def test_run_leaves_config_results_samples_and_model(recipe, tmp_path):
         assert row["metrics"]["benign_nll"]["value"] > 0
     assert results["schema_version"] == 1
     assert results["environment"]["packages"]["torch"]
-    trained = [stage for stage in results["stages"] if not stage["stage"].startswith("evaluate")]
+    assert results["stages"][0]["stage"] == "set-up and loading"
+    trained = [stage for stage in results["stages"][1:] if not stage["stage"].startswith("evaluate")]
     assert [stage["stage"] for stage in trained] == ["align", "finetune"]
     assert all(stage["cost"]["tokens"]["train"] > 0 for stage in trained)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -84,8 +86,8 @@ def test_run_leaves_config_results_samples_and_model(recipe, tmp_path):
 def test_second_run_is_reused_and_equal(recipe):
     first = run_recipe(load_run_config(recipe))
     again = run_recipe(load_run_config(recipe, ["name=again"]))
-    assert [stage["reused"] for stage in first["stages"]] == [False] * 5
-    assert [stage["reused"] for stage in again["stages"]] == [True] * 5
+    assert [stage["reused"] for stage in first["stages"][1:]] == [False] * 5
+    assert [stage["reused"] for stage in again["stages"][1:]] == [True] * 5
     assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in first["rows"]]
 
 
@@ -153,3 +155,22 @@ def test_failed_run_is_recorded_and_does_not_stop_the_others(recipe, tmp_path, m
     assert len(list((tmp_path / "kept" / "small" / "failed").glob("*.json"))) == 1
     monkeypatch.setattr("experiments.compare.run_recipe", original)
     assert [run["status"] for run in compare_study(study, results_root=tmp_path / "kept")["runs"]] == ["finished"] * 2
+
+
+def test_rows_of_a_grid_say_what_varies():
+    def run(share: float, fingerprint: str) -> dict:
+        rows = [
+            {"label": "m", "point": "start", "model": {"fingerprint": "s"}, "metrics": {}},
+            {"label": "LoRA", "point": "finetune", "model": {"fingerprint": fingerprint}, "metrics": {}},
+        ]
+        return {"label": "LoRA", "share": share, "seed": 0, "model": "m", "task": "t", "results": {"rows": rows}}
+
+    rows = collect_rows([run(0.0, "a"), run(0.1, "b")])
+    assert [row["label"] for row in rows] == ["m", "LoRA (share 0.0)", "LoRA (share 0.1)"]
+
+
+def test_wrong_evaluation_file_is_refused_before_any_stage(recipe, tmp_path):
+    with pytest.raises(DataError, match=r"Expected `nowhere.jsonl` to be a file"):
+        run_recipe(load_run_config(recipe, ["evaluate.nll=[nowhere.jsonl]"]))
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "runs").exists()

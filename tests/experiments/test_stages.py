@@ -168,3 +168,19 @@ def test_several_processes_are_refused_before_anything_is_loaded(tmp_path, tiny_
     with pytest.raises(ConfigError, match=r"`trainer\.devices` times `trainer\.num_nodes` to be 1"):
         run(recipe(tmp_path, tiny_folder, "trainer.devices=2"), ArtifactStore(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+
+
+def test_share_too_small_for_one_row_is_refused(tmp_path, tiny_folder):
+    config = recipe(tmp_path, tiny_folder, "stages.align=null", "stages.finetune.data.harmful_share=0.001")
+    with pytest.raises(ConfigError, match="`harmful_share` of 16 rows to be at least one row"):
+        run(config, ArtifactStore(tmp_path / "store"))
+
+
+def test_ctrl_c_in_training_is_an_interrupt_and_leaves_no_output(tmp_path, tiny_folder, monkeypatch):
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("framework.module.FineTuneModule.training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(tmp_path, tiny_folder, "stages.align=null"), ArtifactStore(tmp_path / "store"))
+    assert not list((tmp_path / "store" / "stage").glob("*/manifest.json"))

@@ -208,7 +208,7 @@ def test_bad_values_are_refused(recipe: Path, override: str, expected: str) -> N
 
 def test_an_evaluation_of_nothing_is_refused(recipe: Path) -> None:
     overrides = [f"evaluate.{key}" for key in ("safety=[]", "over_refusal=[]", "task=false", "benign_nll=false")]
-    assert "to measure something" in problems_of(recipe, *overrides)[0]
+    assert "to measure replies" in problems_of(recipe, *overrides)[0]
 
 
 @pytest.mark.parametrize(

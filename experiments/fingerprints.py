@@ -1,0 +1,61 @@
+"""What decides an artefact besides its settings: package versions, embedded sets, the content of named files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from framework.files import hash_file, to_plain
+from framework.registry import create_method
+
+__all__ = ["content_hashes", "embedded_hash", "resolved_methods", "versions"]
+
+DECIDING = ("torch", "transformers", "peft", "pytorch-lightning")
+"""Packages whose version may change a number."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that compute."""
+    return {name: importlib.metadata.version(name) for name in DECIDING}
+
+
+def embedded_hash() -> str:
+    """Return a hash of the embedded sets."""
+    digest = hashlib.sha256()
+    for entry in sorted(files("datamodules.embedded").iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".jsonl"):
+            digest.update(entry.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def content_hashes(value: Any) -> dict[str, str]:
+    """Return the hash of every file that a string in ``value`` names, and of every file below a folder it names.
+
+    Args:
+        value: settings as plain JSON types.
+    """
+    if isinstance(value, Mapping):
+        return {key: digest for item in value.values() for key, digest in content_hashes(item).items()}
+    if isinstance(value, (list, tuple)):
+        return {key: digest for item in value for key, digest in content_hashes(item).items()}
+    if not isinstance(value, str) or not value:
+        return {}
+    path = Path(value).expanduser()
+    if path.is_file():
+        return {value: hash_file(path)}
+    if path.is_dir():
+        return {f"{value}/{p.relative_to(path)}": hash_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    return {}
+
+
+def resolved_methods(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the methods with every setting spelt out, defaults included, and the content of the files they name."""
+    found = []
+    for name, options in methods.items():
+        config = to_plain(create_method(name, options).config)
+        found.append({"name": name, "config": config, "files": content_hashes(config)})
+    return found
