@@ -13,6 +13,7 @@ from experiments.console import row_cost
 from experiments.measure import TaskChoice, measure_model
 from experiments.progress import Steps
 from experiments.run import RESULTS_FILE, SCHEMA_VERSION, artifact_store, environment, set_threads
+from experiments.tracking import build_logger, close_logger, log_summary
 from framework.config import EvaluateCommandConfig, to_yaml
 from framework.files import to_plain, write_atomic, write_json
 from framework.models import ModelSpec, find_model, model_fingerprint
@@ -66,4 +67,7 @@ def evaluate_command(model: str, config: EvaluateCommandConfig, *, console: Cons
     write_atomic(folder / "config.yaml", to_yaml(config))
     write_json(folder / RESULTS_FILE, results)
     write_atomic(folder / "samples.jsonl", measured.samples.read_bytes())
+    logger = build_logger(config, folder=folder, stage="evaluate", labels=[config.task] if config.task else [])
+    log_summary(logger, measured.metrics)
+    close_logger(logger)
     return results

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
-from framework.config import RunConfig
+from framework.config import EvaluateCommandConfig, RunConfig
 from framework.errors import ConfigError, StorageError
 from framework.files import to_plain
 
@@ -67,7 +67,7 @@ class TrackingLogger(WandbLogger):
 
 
 def build_logger(
-    config: RunConfig, *, folder: Path, stage: str, labels: Sequence[str] = ()
+    config: RunConfig | EvaluateCommandConfig, *, folder: Path, stage: str, labels: Sequence[str] = ()
 ) -> TrackingLogger | Literal[False]:
     """Return the logger of one stage, or False when tracking is off (what Lightning's Trainer takes for *none*).
 

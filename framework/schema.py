@@ -70,7 +70,7 @@ class ModelConfig(_Checked):
     name: str = setting("smollm2-135m-instruct", rule=NOT_EMPTY)
     """Registered name, local folder, GGUF file or hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto takes the one the model was stored in."""
+    """Number format of the weights; auto takes bfloat16 where the device multiplies it in hardware, else float32."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -107,9 +107,9 @@ class DataConfig(_Checked):
     task: str | None = None
     """Downstream task: a registered name."""
     task_path: str | None = None
-    """Local file, folder or hub id of the task's rows; null takes the registered place."""
+    """Local file or folder of the task's rows; null looks below SEAWALL_DATA, then on the hub."""
     task_count: int | None = setting(None, rule=COUNT)
-    """Rows of the task part, poison included; null takes all."""
+    """Rows of the task part, poison included; needed with a task."""
     harmful_share: float = setting(0.0, rule=SHARE)
     """Share of the task rows replaced by harmful requests with compliant replies."""
     harmful: str = setting("sampled", rule=NOT_EMPTY)

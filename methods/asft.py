@@ -14,8 +14,8 @@ Deviations: the update includes the LoRA scale (``include_scale: false`` gives t
 one per optimizer step (the reference adds it to every micro-batch undivided, so its strength grows with the
 accumulation count); modules are paired by name, not by position.
 
-Cost: no extra forward pass; two products of ``(out, in) x (in, rank)`` size per module and step; V is kept in float32
-outside the module tree (4 bytes x out x in per module).
+Cost: no extra forward pass; two products of ``(out, in) x (in, rank)`` size per module and micro-batch; V is kept in
+float32 outside the module tree (4 bytes x out x in per module).
 
 Does not compose with: full fine-tuning (it needs LoRA pairs).
 
