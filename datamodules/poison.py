@@ -70,11 +70,7 @@ def sample_poison(
         DataError: there are no prompts, ``generate`` returned another number of replies than asked for, or
             ``max_rounds`` rounds were not enough.
     """
-    for name, value in (("count", count), ("max_rounds", max_rounds)):
-        if value < 1:
-            raise ConfigError(f"Expected `{name}` to be a whole number ≥ 1, but got {value!r}.")
-    if not prompts:
-        raise DataError("Expected at least one harmful prompt to sample replies for, but got none.")
+    _check(prompts, count=count, max_rounds=max_rounds)
     order = list(prompts)
     random.Random(f"poison order {seed}").shuffle(order)
     found: dict[tuple[str, str], Example] = {}
@@ -104,6 +100,14 @@ def sample_poison(
         )
     examples = list(found.values())[:count]
     return PoisonResult(examples, sampled, unusable, duplicates, len(found) - count, rounds)
+
+
+def _check(prompts: Sequence[Prompt], **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"Expected `{name}` to be a whole number ≥ 1, but got {value!r}.")
+    if not prompts:
+        raise DataError("Expected at least one harmful prompt to sample replies for, but got none.")
 
 
 def _round_seed(seed: int, number: int) -> int:

@@ -100,15 +100,7 @@ def run_stage_job(job: StageJob, folder: Path) -> dict[str, Any]:
 
 
 def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostLedger, folder: Path) -> dict[str, Any]:
-    datamodule = job.datamodule
-    if datamodule is None:
-        raise WiringError(f"Expected stage `{job.name}` to have data, but got none.")
-    settings = job.settings
-    if settings.adapter.kind == "none" and not any("prepare_model" in method.points for method in methods):
-        raise ConfigError(
-            f"Expected stage `{job.name}` to train something, but got `adapter.kind: none` and no method that adds "
-            "parameters. Choose lora or full."
-        )
+    datamodule, settings = _training_data(job, methods), job.settings
     module = FineTuneModule(
         model,
         learning_rate=settings.learning_rate,
@@ -164,6 +156,18 @@ def _train(job: StageJob, model: nn.Module, methods: list[Method], ledger: CostL
         "curves": history.curves(),
         "probes": [w.history for w in job.watchers if isinstance(w, RefusalMarginProbe)],
     }
+
+
+def _training_data(job: StageJob, methods: list[Method]) -> FineTuneDataModule:
+    """Return the stage's data; refuse a stage without data or without anything to train."""
+    if job.datamodule is None:
+        raise WiringError(f"Expected stage `{job.name}` to have data, but got none.")
+    if job.settings.adapter.kind == "none" and not any("prepare_model" in method.points for method in methods):
+        raise ConfigError(
+            f"Expected stage `{job.name}` to train something, but got `adapter.kind: none` and no method that adds "
+            "parameters. Choose lora or full."
+        )
+    return job.datamodule
 
 
 def build_trainer(

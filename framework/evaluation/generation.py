@@ -283,11 +283,15 @@ def generate_sharded(
             raise
         # The others wait in the collective below: they are told instead of left hanging.
         shard = f"process {rank}: {type(error).__name__}: {error}"
-    shards: list[dict[int, Reply] | str | None] = [shard]
-    if world_size > 1:
-        shards = [None] * world_size
-        torch.distributed.all_gather_object(shards, shard)
-    return merge_shards(shards, len(prompts))
+    return merge_shards(_gather(shard, world_size), len(prompts))
+
+
+def _gather(shard: dict[int, Reply] | str, world_size: int) -> list[dict[int, Reply] | str | None]:
+    if world_size == 1:
+        return [shard]
+    shards: list[dict[int, Reply] | str | None] = [None] * world_size
+    torch.distributed.all_gather_object(shards, shard)
+    return shards
 
 
 def merge_shards(shards: Sequence[dict[int, Reply] | str | None], num_prompts: int) -> list[Reply]:

@@ -112,24 +112,17 @@ def evaluate_model(
     """
     _check(sets, judges)
     start = time.perf_counter()
+    # A limit per set, and a process's share of its tokens, as `generate_sharded` deals the prompts.
     limits = [max_new_tokens if item.max_new_tokens is None else item.max_new_tokens for item in sets]
-    # A process's share of a set of n prompts, as `generate_sharded` deals it.
-    shares = [len(range(rank, len(item.prompts), world_size)) * limit for item, limit in zip(sets, limits, strict=True)]
+    shares = [len(range(rank, len(s.prompts), world_size)) * limit for s, limit in zip(sets, limits, strict=True)]
     records: list[EvaluationRecord] = []
     rates: dict[str, Rate] = {}
     seconds: dict[str, float] = {}
     for index, (item, limit) in enumerate(zip(sets, limits, strict=True)):
         set_start = time.perf_counter()
-        replies = generate_sharded(
-            model,
-            encoder,
-            item.prompts,
-            rank=rank,
-            world_size=world_size,
-            max_new_tokens=limit,
-            batch_size=batch_size,
-            progress=_shifted(progress, sum(shares[:index]), sum(shares)),
-        )
+        moved = _shifted(progress, sum(shares[:index]), sum(shares))
+        sharding = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
+        replies = generate_sharded(model, encoder, item.prompts, max_new_tokens=limit, progress=moved, **sharding)
         set_records = make_records(item, replies, judges=judges)
         records += set_records
         rates |= {f"{item.name}/{key}": rate for key, rate in rates_from_records(set_records).items()}
