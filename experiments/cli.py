@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import experiments.commands
+from experiments.agent_arguments import agent_settings, is_agent_setting
 from framework.errors import ConfigError, SeawallError, StorageError
 from framework.interruption import Interrupted, catching_signals
 
@@ -99,10 +100,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse; settings may stand before and after options, which argparse alone cannot do below a command."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    strange = [text for text in rest if text.startswith("-")]
+    strange = [text for text in rest if text.startswith("-") and not is_agent_setting(text)]
     if strange or (rest and not arguments.takes_settings):
         parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
-    arguments.overrides = [*arguments.overrides, *rest]
+    arguments.overrides = agent_settings([*arguments.overrides, *rest])
     return arguments
 
 

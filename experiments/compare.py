@@ -1,35 +1,57 @@
-"""``seawall compare``: a grid of runs, one after another; shared stages are trained once, finished runs are kept."""
+"""``seawall compare``: a grid of runs; shared stages are trained once, finished runs kept, methods compared."""
 
 from __future__ import annotations
 
-import logging
-import traceback
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from experiments.alarms import study_alarms
+from experiments.comparison import compare_runs
+from experiments.comparison_table import comparison_markdown
 from experiments.console import markdown_table
+from experiments.execution import Execution
 from experiments.run import run_recipe
-from framework.errors import ConfigError, SeawallError
-from framework.files import fingerprint, read_json, to_plain, write_atomic, write_json
-from framework.processes import is_main, is_shared, on_main
+from experiments.study_estimate import (
+    CellEstimate,
+    count_on_disk,
+    estimate_cells,
+    machine_flops,
+    measured_rates,
+    rough_rates,
+    study_history,
+)
+from experiments.study_pool import run_pool, starter
+from experiments.study_progress import StudyProgress
+from experiments.study_records import claim_study, finished_record, only_process, run_key, study_runs
+from experiments.study_worker import failed_record, run_cell
+from framework.errors import ConfigError, DataError
+from framework.files import fingerprint, write_atomic, write_json
+from framework.interruption import check_stop
+from framework.processes import is_main, on_main, world_size
 from framework.study import StudyCell, StudyConfig, study_cells
 
-__all__ = ["collect_rows", "collect_stages", "compare_study"]
+__all__ = ["Execution", "collect_rows", "collect_stages", "compare_study", "plan_study", "run_key"]
 
-LOGGER = logging.getLogger("seawall")
 RESULTS_ROOT = Path(__file__).parent / "results"
 
 
 def compare_study(
-    study: StudyConfig, *, console: Console | None = None, results_root: Path = RESULTS_ROOT
+    study: StudyConfig,
+    *,
+    console: Console | None = None,
+    results_root: Path = RESULTS_ROOT,
+    execution: Execution | None = None,
+    cells: Sequence[StudyCell] | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing of a study and return its table.
+    """Run what is missing of a study and return its tables.
 
-    A finished run is found by its config and never repeated; a failed one is recorded with its error and does not stop
-    the others. Each run's ``results.json`` is copied to ``<results_root>/<study>/`` as soon as it is there.
+    A finished run is found by its settings and never repeated; one that was cut off goes on where it was; a failed one
+    is recorded with its error, does not stop the others, and is left alone until ``retry_failed``. Each run's record is
+    written to ``<results_root>/<study>/`` as soon as it is there.
 
     With several processes each of them calls this. An error that meets only some of them ends the study, because the
     others cannot be brought back to where the next run starts; started again, the study goes on after the last one.
@@ -38,87 +60,144 @@ def compare_study(
         study: the grid.
         console: where progress is drawn.
         results_root: folder of the kept results.
+        execution: how; None runs one after another in this process.
+        cells: the runs, where they have been checked already.
 
     Returns:
-        ``{"name", "rows", "stages", "alarms", "runs", "folder"}``; ``rows`` feed the result table, ``alarms`` say
-        where judges contradict each other.
+        ``{"name", "reference", "rows", "comparison", "stages", "alarms", "runs", "folder"}``; ``rows`` feed the result
+        table, ``comparison`` is as ``compare_runs`` returns it, ``alarms`` say where judges contradict each other.
 
     Raises:
-        ConfigError: the runs ask for different numbers of processes.
+        ConfigError: the runs ask for different numbers of processes, the settings are not those the study was started
+            with, or another command works on it.
+        DataError: kept results that are damaged or of another schema version; all of them are listed.
     """
-    cells = study_cells(study)
+    execution = execution or Execution()
+    cells = list(study_cells(study) if cells is None else cells)
+    _check_processes(cells, execution)
+    folder = results_root / study.name
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(only_process(folder)))
+        on_main(lambda: claim_study(study, cells, folder, accept_changes=execution.accept_changes))
+        known = on_main(lambda: _known_records(cells, folder))
+        _run_all(cells, folder, known, execution, console)
+        records = on_main(lambda: _records(cells, folder))
+        table = _tables(study, records)
+        on_main(lambda: _write_tables(folder, table))
+    return {**table, "folder": str(folder)}
+
+
+def plan_study(
+    study: StudyConfig, cells: Sequence[StudyCell], *, results_root: Path = RESULTS_ROOT
+) -> list[CellEstimate]:
+    """Return what every run of a study would take, without running anything.
+
+    Args:
+        study: the grid.
+        cells: its runs.
+        results_root: folder of the kept results, whose earlier runs tell how fast this machine is.
+
+    Raises:
+        DataError: kept results that are damaged.
+    """
+    folder = results_root / study.name
+    known = _known_records(cells, folder)
+    rates = measured_rates(study_history([results_root]))
+    flops = None
+    for cell in cells:
+        if cell.model not in rates and (parameters := count_on_disk(cell.model)) is not None:
+            flops = flops or machine_flops()
+            rates[cell.model] = rough_rates(cell.config, parameters=parameters, flops=flops)
+    return estimate_cells(cells, rates, finished=known)
+
+
+def _check_processes(cells: Sequence[StudyCell], execution: Execution) -> None:
     counts = sorted({cell.config.trainer.devices * cell.config.trainer.num_nodes for cell in cells})
     if len(counts) > 1:
         raise ConfigError(f"Expected every run of a study to use as many processes, but got {counts}.")
-    folder = results_root / study.name
-    runs = []
-    for number, cell in enumerate(cells, start=1):
-        if console is not None and is_main():
-            console.print(f"[bold]run {number}/{len(cells)}[/bold] {cell.name}")
-        runs.append(_run_cell(cell, folder, console))
-    finished = [run for run in runs if run["status"] == "finished"]
-    rows = collect_rows(finished)
-    table = {
+    if execution.is_pooled and (counts[0] > 1 or world_size() > 1):
+        raise ConfigError(
+            f"Expected runs of one process with several workers or submitit, but got {counts[0]} each. Use one worker."
+        )
+
+
+def _known_records(cells: Sequence[StudyCell], folder: Path) -> list[str]:
+    """Return the names of the finished runs; every damaged record is named at once."""
+    problems, known = [], []
+    for cell in cells:
+        try:
+            if finished_record(folder, cell) is not None:
+                known.append(cell.name)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return known
+
+
+def _run_all(
+    cells: Sequence[StudyCell], folder: Path, known: Sequence[str], execution: Execution, console: Console | None
+) -> None:
+    shown = console if is_main() else None
+    names = [cell.name for cell in cells]
+    with StudyProgress(names, workers=execution.workers, console=shown, is_live=execution.is_pooled) as progress:
+        left = []
+        for cell in cells:
+            if cell.name in known:
+                progress.states[cell.name] = "kept"
+            elif not execution.retry_failed and on_main(lambda cell=cell: failed_record(folder, cell)):  # type: ignore[misc]
+                progress.put(cell.name, "failed")
+            else:
+                left.append(cell)
+        if execution.is_pooled:
+            start = starter(
+                execution.executor,
+                folder,
+                workers=execution.workers,
+                retry_failed=execution.retry_failed,
+                parameters=execution.job,
+            )
+            run_pool(left, folder, start=start, workers=execution.workers, progress=progress, check=check_stop)
+            return
+        for cell in left:
+            progress.put(cell.name, "running")
+            record = run_cell(cell, folder, runner=run_recipe, console=console, retry_failed=execution.retry_failed)
+            progress.put(cell.name, "finished" if record["status"] == "finished" else "failed")
+
+
+def _records(cells: Sequence[StudyCell], folder: Path) -> list[dict[str, Any]]:
+    found = [finished_record(folder, cell) or failed_record(folder, cell) for cell in cells]
+    return [record for record in found if record is not None]
+
+
+def _tables(study: StudyConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+    finished = [run for run in records if run["status"] == "finished"]
+    measured = [run for run in finished if run["results"]["rows"]]
+    groups = {_group(run) for run in measured if run["label"] == study.reference_label}
+    return {
         "name": study.name,
-        "rows": rows,
+        "reference": study.reference_label,
+        "rows": collect_rows(finished),
+        # A group whose reference failed has nothing to be compared with; its rows stand in the table all the same.
+        "comparison": compare_runs(
+            study_runs([run for run in measured if _group(run) in groups]), reference=study.reference_label
+        )
+        if groups
+        else [],
         "stages": collect_stages(finished),
         "alarms": study_alarms(finished),
-        "runs": [_brief(run) for run in runs],
-        "folder": str(folder),
+        "runs": [_brief(run) for run in records],
     }
-    on_main(lambda: _write_table(folder, table))
-    return table
 
 
-def _write_table(folder: Path, table: dict[str, Any]) -> None:
-    write_json(folder / "table.json", table)
-    write_atomic(folder / "table.md", f"# {table['name']}\n\n{markdown_table(table['rows'])}\n")
+def _group(run: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(run["model"]), str(run["task"]), str(run["share"])
 
 
-def _run_cell(cell: StudyCell, folder: Path, console: Console | None) -> dict[str, Any]:
-    key = run_key(cell)
-    kept = folder / f"{cell.name}.json"
-    found = on_main(lambda: read_json(kept) if kept.is_file() else {})
-    if found.get("key") == key and found["status"] == "finished":
-        return dict(found)
-    base: dict[str, Any] = {
-        "cell": cell.name,
-        "label": cell.label,
-        "model": cell.model,
-        "task": cell.task,
-        "share": cell.harmful_share,
-        "seed": cell.seed,
-        "key": key,
-    }
-    try:
-        results = run_recipe(cell.config, console=console, label=cell.label)
-    except SeawallError as error:
-        if not is_shared(error):
-            raise
-        record = {**base, "status": "failed", "error": str(error)}
-    except Exception as error:
-        if not is_shared(error):
-            raise
-        LOGGER.error("run %s failed: %s", cell.name, error)
-        record = {
-            **base,
-            "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "trace": traceback.format_exc(),
-        }
-    else:
-        record = {**base, "status": "finished", "results": results}
-    # A failed run keeps a name of its own, so that it is never taken for a result.
-    on_main(lambda: write_json(kept if record["status"] == "finished" else folder / "failed" / kept.name, record))
-    return record
-
-
-def run_key(cell: StudyCell) -> str:
-    """Return the fingerprint of what decides a run's numbers: not where it writes, how it is tracked or its name."""
-    config = to_plain(cell.config)
-    trainer = {k: v for k, v in config["trainer"].items() if k != "threads"}
-    kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
-    return fingerprint({"format": 1, "config": kept, "trainer": trainer})
+def _write_tables(folder: Path, table: dict[str, Any]) -> None:
+    write_json(folder / "table.json", {**table, "folder": "."})
+    compared = comparison_markdown(table["comparison"])
+    write_atomic(folder / "table.md", f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{compared}")
 
 
 def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from framework.config import (
     RunConfig,
     apply_overrides,
     check_run,
+    method_settings,
     override_raw,
     parse_overrides,
     read_config,
@@ -30,7 +31,18 @@ from framework.errors import ConfigError, describe_unknown
 from framework.fields import COUNT_OR_ZERO, NOT_EMPTY, SHARE, build_instance, check_instance, check_mapping, setting
 from framework.schema import FOLDER_NAME, StageName
 
-__all__ = ["GridConfig", "StudyCell", "StudyConfig", "VariantConfig", "load_study_config", "study_cells"]
+__all__ = [
+    "GridConfig",
+    "StudyCell",
+    "StudyConfig",
+    "VariantConfig",
+    "compose_variants",
+    "load_study_config",
+    "study_cells",
+]
+
+PLUS = " + "
+"""Joins the parts of a composition in its label."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class GridConfig:
     """What is varied; an empty list keeps the base's value."""
 
     methods: dict[str, VariantConfig] = setting(rule=NOT_EMPTY)
-    """Label in the tables to methods, e.g. ``AsFT: {asft: {weight: 1.0}}``, or a full variant with overrides."""
+    """Label in the tables to methods, e.g. ``AsFT: {asft: {weight: 1.0}}``, or a full variant with overrides. A label
+    such as ``AsFT + PACT`` without a value composes the labels, or registered methods, that it names, in that order."""
     tasks: list[str] = setting(factory=list)
     harmful_shares: list[float] = setting(factory=list, rule=SHARE)
     models: list[str] = setting(factory=list)
@@ -123,8 +136,8 @@ def load_study_config(name: str | Path, overrides: Sequence[str] = ()) -> StudyC
         values["base"] = read_config(values["base"], kind="recipe")
     if isinstance(values.get("base"), dict):
         values["base"] = override_raw(values["base"], inner)
-    _spell_out_variants(values)
-    problems = [problem.text for problem in check_mapping(StudyConfig, values)]
+    problems = _spell_out_variants(values)
+    problems += [problem.text for problem in check_mapping(StudyConfig, values)]
     labels = _labels(values)
     reference = values.get("reference")
     if isinstance(reference, str) and labels and reference not in labels:
@@ -196,11 +209,68 @@ def _labels(values: Mapping[str, Any]) -> list[str]:
     return list(methods) if isinstance(methods, dict) else []
 
 
-def _spell_out_variants(values: dict[str, Any]) -> None:
-    """Write ``label: {method: {...}}`` out as a variant; a mapping that uses only a variant's keys is one already."""
+def _spell_out_variants(values: dict[str, Any]) -> list[str]:
+    """Write ``label: {method: {...}}`` and ``A + B:`` out as variants; return what is wrong with compositions.
+
+    A mapping that uses only a variant's keys is a variant already.
+    """
     own = {field.name for field in fields(VariantConfig)}
-    for label in _labels(values):
-        methods = values["grid"]["methods"]
+    labels, problems = _labels(values), []
+    methods = values["grid"]["methods"] if labels else {}
+    for label in labels:
         given = methods[label]
         if isinstance(given, dict) and not (given and set(given) <= own):
             methods[label] = {"methods": given}
+    for label in labels:
+        if methods[label] is None and PLUS in label:
+            try:
+                methods[label] = compose_variants(label, methods)
+            except ConfigError as error:
+                problems += error.problems
+                methods[label] = {"methods": {}}
+    return problems
+
+
+def compose_variants(label: str, variants: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variant that ``A + B`` stands for: methods of all parts, in that order, and all their overrides.
+
+    Args:
+        label: names of the parts joined by `` + ``; a part is a label of ``variants`` or a registered method.
+        variants: label to variant, as plain values.
+
+    Raises:
+        ConfigError: an unknown part, or parts that contradict each other; every problem is listed.
+
+    Example:
+        >>> compose_variants("A + B", {"A": {"methods": {"a": {}}}, "B": {"methods": {"b": {}}}})["methods"]
+        {'a': {}, 'b': {}}
+    """
+    problems: list[str] = []
+    stages: dict[str, dict[str, Any]] = {}
+    overrides: dict[str, Any] = {}
+    for part in label.split(PLUS):
+        known = variants.get(part)
+        if not isinstance(known, Mapping):
+            if not part.isidentifier():
+                problems.append(
+                    describe_unknown(f"part of {label!r}", part, [name for name in variants if name != label])
+                )
+                continue
+            known = {"methods": method_settings(part)}
+        chosen = stages.setdefault(str(known.get("stage", "finetune")), {})
+        for name, settings in (known.get("methods") or {}).items():
+            if name in chosen:
+                problems.append(f"Expected every part of {label!r} to bring other methods, but got `{name}` twice.")
+            chosen[name] = settings
+        for key, value in (known.get("overrides") or {}).items():
+            if overrides.setdefault(key, value) != value:
+                problems.append(
+                    f"Expected the parts of {label!r} to agree on `{key}`, but got {overrides[key]!r} and {value!r}."
+                )
+    if problems:
+        raise ConfigError(problems)
+    first, *others = stages
+    own: dict[str, Any] = {f"stages.{stage}.methods": stages[stage] for stage in others}
+    # A composition says the order in which its parts act, where that matters.
+    own |= {f"stages.{stage}.order": list(chosen) for stage, chosen in stages.items() if len(chosen) > 1}
+    return {"methods": stages[first], "stage": first, "overrides": {**overrides, **own}}

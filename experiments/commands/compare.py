@@ -3,27 +3,107 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from experiments.commands.output import add_settings, distribute, known_names
+from experiments.commands.output import add_settings, clean_stdout, distribute, known_names, print_json
 
-__all__ = ["SUMMARY", "add_arguments", "command"]
+if TYPE_CHECKING:
+    from experiments.execution import Execution
+    from framework.study import StudyCell, StudyConfig
 
-SUMMARY = "run the grid of a study, one run after another, and compare"
+__all__ = ["SUMMARY", "add_arguments", "add_execution", "command", "execute", "read_execution"]
+
+SUMMARY = "run the grid of a study, what is missing of it, and compare the methods"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("study", metavar="STUDY", help="a YAML file or the name of a study, e.g. quickstart")
+    add_execution(parser)
     add_settings(parser)
 
 
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """Declare how the runs are carried out; other commands that run studies share these options."""
+    parser.add_argument("--dry-run", action="store_true", help="print the runs, estimated time and memory; run nothing")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    where = "local: worker processes; submitit-local, slurm: jobs through submitit (default: local)"
+    parser.add_argument("--executor", default="local", metavar="NAME", help=where)
+    job = "setting of submitit, e.g. slurm_partition=gpu timeout_min=600; repeatable"
+    parser.add_argument("--job", action="append", default=[], metavar="key=value", help=job)
+    parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+    changes = "go on although the study's settings changed since it was started; changed runs are run again"
+    parser.add_argument("--accept-changes", action="store_true", help=changes)
+    parser.add_argument("--results", metavar="FOLDER", help="where studies keep their records and tables")
+
+
 def command(arguments: argparse.Namespace) -> int:
-    """Check every run of the grid, run what is missing and show the table; returns the exit code."""
-    from experiments.compare import compare_study
+    """Check every run of the grid, run what is missing and show the tables; returns the exit code."""
     from framework.registry import validate_methods
     from framework.study import load_study_config, study_cells
 
     study = load_study_config(arguments.study, arguments.overrides)
     cells = study_cells(study, known=known_names(), validate_methods=validate_methods)
-    trainer = cells[0].config.trainer
-    return distribute(arguments, trainer, lambda console: compare_study(study, console=console))
+    return execute(arguments, study, cells)
+
+
+def execute(arguments: argparse.Namespace, study: StudyConfig, cells: list[StudyCell]) -> int:
+    """Run a study as the options say, or print what would be run; returns the exit code.
+
+    Args:
+        arguments: with what ``add_execution`` declares.
+        study: the grid.
+        cells: its runs, checked.
+    """
+    from experiments.compare import compare_study
+    from experiments.launch import check_methods
+
+    for cell in cells:
+        check_methods(cell.config)
+    execution, options = read_execution(arguments), _root(arguments)
+    if arguments.dry_run:
+        return _show_plan(arguments, study, cells, execution)
+    return distribute(
+        arguments,
+        cells[0].config.trainer,
+        lambda console: compare_study(study, console=console, execution=execution, cells=cells, **options),
+    )
+
+
+def read_execution(arguments: argparse.Namespace) -> Execution:
+    """Return how the runs are carried out.
+
+    Raises:
+        ConfigError: a number of workers below 1, or a job setting that is no ``key=value``.
+    """
+    from experiments.execution import Execution
+    from framework.config import parse_overrides
+
+    return Execution(
+        workers=arguments.workers,
+        executor=arguments.executor,
+        job={override.key: override.value for override in parse_overrides(arguments.job)},
+        retry_failed=arguments.retry_failed,
+        accept_changes=arguments.accept_changes,
+    )
+
+
+def _root(arguments: argparse.Namespace) -> dict[str, Any]:
+    from pathlib import Path
+
+    return {"results_root": Path(arguments.results)} if arguments.results else {}
+
+
+def _show_plan(arguments: argparse.Namespace, study: StudyConfig, cells: list[StudyCell], execution: Execution) -> int:
+    from rich.console import Console
+
+    from experiments.compare import RESULTS_ROOT, plan_study
+    from experiments.study_estimate import print_plan
+
+    with clean_stdout(arguments.json):
+        estimates = plan_study(study, cells, results_root=_root(arguments).get("results_root", RESULTS_ROOT))
+    if arguments.json:
+        print_json({"name": study.name, "runs": [one._asdict() for one in estimates]})
+    else:
+        print_plan(estimates, Console(), workers=execution.workers)
+    return 0

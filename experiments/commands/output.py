@@ -92,4 +92,8 @@ def _show(arguments: argparse.Namespace, work: Callable[[Console], dict[str, Any
         print_json(results)
     else:
         print_results(results, Console())
+        if results.get("comparison"):
+            from experiments.comparison_table import print_comparison
+
+            print_comparison(results["comparison"], Console())
     return 1 if any(run["status"] != "finished" for run in results.get("runs", [])) else 0

@@ -182,7 +182,7 @@ def test_compare_checks_every_cell_first_and_reports_failed_runs(
     seen: list[Any] = []
     status = "finished"
 
-    def compare_study(study: Any, *, console: Any) -> dict[str, Any]:
+    def compare_study(study: Any, *, console: Any, **options: Any) -> dict[str, Any]:
         seen.append(study)
         return {"study": study.name, "rows": RESULTS["rows"], "runs": [{"cell": "a", "status": status}]}
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from framework.errors import ConfigError
-from framework.study import load_study_config, study_cells
+from framework.registry import validate_methods
+from framework.study import compose_variants, load_study_config, study_cells
 
 STUDY = """
 base: quickstart
@@ -90,3 +91,60 @@ def test_labels_that_make_the_same_name_are_refused(study: Path) -> None:
     loaded = load_study_config(study, ["grid.methods={A b: {}, a-B: {}}", "reference=null"])
     with pytest.raises(ConfigError, match="Expected every run to have its own name, but got 'a-b-triage"):
         study_cells(loaded)
+
+
+def test_a_label_with_plus_composes_its_parts_in_that_order(study: Path) -> None:
+    text = STUDY.replace("reference:", "# reference:").replace(
+        "  harmful_shares",
+        "    Anchored: {methods: {l2_to_start: {weight: 0.1}}, overrides: {stages.finetune.learning_rate: 1.0e-4}}\n"
+        "    AsFT + safety_mix:\n    Anchored + AsFT:\n  harmful_shares",
+    )
+    study.write_text(text)
+    composed = {cell.label: cell.config for cell in study_cells(load_study_config(study))}
+    mixed, anchored = (composed[label].stages.finetune for label in ("AsFT + safety_mix", "Anchored + AsFT"))
+    assert mixed is not None
+    assert anchored is not None
+    assert list(mixed.methods) == ["asft", "safety_mix"]
+    assert list(anchored.methods) == anchored.order == ["l2_to_start", "asft"]
+    assert anchored.learning_rate == 1e-4
+
+
+def test_parts_of_other_stages_stay_there() -> None:
+    parts = {
+        "AsFT": {"methods": {"asft": {}}},
+        "WiSE": {"stage": "repair", "methods": {"wise_ft": {}}, "overrides": {"stages.repair.max_steps": 0}},
+    }
+    assert compose_variants("AsFT + WiSE", parts) == {
+        "methods": {"asft": {}},
+        "stage": "finetune",
+        "overrides": {"stages.repair.max_steps": 0, "stages.repair.methods": {"wise_ft": {}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("AsFT + As FT", "Expected `part of 'AsFT + As FT'` to be one of AsFT, B, C, but got 'As FT'. Did you mean"),
+        ("AsFT + asft", "Expected every part of 'AsFT + asft' to bring other methods, but got `asft` twice."),
+        ("B + C", "Expected the parts of 'B + C' to agree on `seed`, but got 1 and 2."),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(label: str, expected: str) -> None:
+    parts = {
+        "AsFT": {"methods": {"asft": {}}},
+        "B": {"methods": {}, "overrides": {"seed": 1}},
+        "C": {"methods": {}, "overrides": {"seed": 2}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        compose_variants(label, parts)
+    assert expected in str(caught.value)
+
+
+def test_every_unknown_method_of_a_grid_is_listed_at_once(study: Path) -> None:
+    study.write_text(STUDY.replace("reference:", "# reference:").replace("asft: {weight: 1.0}", "asfd: {}"))
+    loaded = load_study_config(study, ["grid.methods.Other={packt: {}}", "grid.methods.Third.methods={nset: {}}"])
+    with pytest.raises(ConfigError) as caught:
+        study_cells(loaded, validate_methods=validate_methods)
+    assert len(caught.value.problems) == 3
+    for name in ("asfd", "packt", "nset"):
+        assert f"but got {name!r}" in str(caught.value)
