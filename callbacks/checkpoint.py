@@ -199,9 +199,15 @@ def _publish(temporary: Path, path: Path, step: int) -> None:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    """Remove all but the newest checkpoints, and checksums without a checkpoint."""
+    """Remove all but the newest checkpoint and those right before it, and checksums without a checkpoint.
+
+    A later step than the newest can lie there too: a stage that died after its last step is resumed from the one before
+    it. It is written again when training gets there, and must not push out what the run has just come from.
+    """
+    step = _claimed_step(newest)[0]
     others = sorted((p for p in folder.glob("*.ckpt") if p != newest), key=_claimed_step, reverse=True)
-    for path in others[KEEP - 1 :]:
+    before = [path for path in others if _claimed_step(path)[0] <= step]
+    for path in set(others) - set(before[: KEEP - 1]):
         if manifest_path(path).is_file():  # without checksums it is not ours
             _remove(path)
             manifest_path(path).unlink(missing_ok=True)

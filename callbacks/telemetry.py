@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,14 @@ class RefusalMarginProbe(pl.Callback):
     several processes each of them measures, because all have the same weights; the first one logs.
     """
 
-    def __init__(self, probe: Callable[[nn.Module], float], *, every: int, name: str = "refusal_margin") -> None:
-        """Watch one quantity of the model.
+    def __init__(
+        self, probe: Callable[[nn.Module], float | Mapping[str, float]], *, every: int, name: str = "refusal_margin"
+    ) -> None:
+        """Watch one quantity of the model, or several that one look gives.
 
         Args:
-            probe: takes the language model in evaluation mode, returns the quantity (nats for the margin).
+            probe: takes the language model in evaluation mode, returns the quantity (nats for the margin), or several
+                by name, ``name`` among them.
             every: optimizer steps between two measurements, at least 1; the first comes before training.
             name: logged as ``probe/<name>``.
 
@@ -183,8 +186,14 @@ class RefusalMarginProbe(pl.Callback):
         self._every = every
         self._name = f"probe/{name}"
         self._last_step = -1
-        self.history: list[tuple[int, float]] = []
-        """(optimizer step, value)"""
+        self._key = name
+        self.histories: dict[str, list[tuple[int, float]]] = {name: []}
+        """(optimizer step, value) of every quantity"""
+
+    @property
+    def history(self) -> list[tuple[int, float]]:
+        """(optimizer step, value) of the quantity the probe is named after."""
+        return self.histories[self._key]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the model that enters training; a resumed run goes on with its own rhythm."""
@@ -205,11 +214,13 @@ class RefusalMarginProbe(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far."""
-        return {"history": [list(entry) for entry in self.history], "last_step": self._last_step}
+        histories = {name: [list(entry) for entry in history] for name, history in self.histories.items()}
+        return {"histories": histories, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the measurements of the run that is resumed."""
-        self.history = [(int(step), float(value)) for step, value in state_dict["history"]]
+        given = state_dict.get("histories") or {self._key: state_dict["history"]}
+        self.histories = {name: [(int(s), float(v)) for s, v in history] for name, history in given.items()}
         self._last_step = int(state_dict["last_step"])
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -218,10 +229,13 @@ class RefusalMarginProbe(pl.Callback):
         self._last_step = trainer.global_step
         model = getattr(pl_module, "model", pl_module)
         with untouched(model):
-            value = float(self._probe(model))
-        self.history.append((trainer.global_step, value))
+            found = self._probe(model)
+        values = found if isinstance(found, Mapping) else {self._key: found}
+        for name, value in values.items():
+            self.histories.setdefault(name, []).append((trainer.global_step, float(value)))
         for logger in trainer.loggers:
-            logger.log_metrics({self._name: value}, step=trainer.global_step)
+            logged = {f"probe/{name}": float(value) for name, value in values.items()}
+            logger.log_metrics(logged, step=trainer.global_step)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A row is ``{"label": str, "metrics": {key: {"value", "numerator", "denominator",
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,6 +137,7 @@ COLUMNS = (
     Column("tokens/s", _cost("tokens_per_second", _speed), is_cost=True),
     Column("memory", _cost("peak_memory_mib", _memory), is_cost=True),
 )
+_PREFILL = re.compile(r"prefill_(\d+)/attack_success")
 OPTIONAL_COLUMNS = frozenset({"harmful rate"})
 """Left out when no row has them; the others show a dash."""
 
@@ -264,11 +266,19 @@ def print_results(results: Mapping[str, Any], console: Console) -> None:
 
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
-    return [
+    columns = [
         column
         for column in COLUMNS
         if column.title not in OPTIONAL_COLUMNS or any(column.read(row) != MISSING for row in rows)
     ]
+    return [*columns[:1], *_prefill_columns(rows), *columns[1:]]
+
+
+def _prefill_columns(rows: Sequence[Row]) -> list[Column]:
+    """Return a column of attack success for each number of forced tokens that a row knows."""
+    keys = {key for row in rows for key in row.get("metrics", {})}
+    counts = sorted(int(match[1]) for key in keys if (match := _PREFILL.fullmatch(key)))
+    return [Column(f"prefill {count}", _rate(f"prefill_{count}/attack_success")) for count in counts]
 
 
 def _fitting_groups(rows: Sequence[Row], columns: Sequence[Column], width: int) -> list[list[Column]]:

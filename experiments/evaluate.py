@@ -11,8 +11,9 @@ from rich.console import Console
 
 from experiments.console import row_cost
 from experiments.launch import check_connected
-from experiments.measure import Measurement, TaskChoice, measure_model
-from experiments.progress import Steps
+from experiments.measure import Subject, TaskChoice
+from experiments.prefill import Measured, measure_point
+from experiments.progress import Steps, evaluation_bars
 from experiments.run import (
     RESULTS_FILE,
     SCHEMA_VERSION,
@@ -52,21 +53,22 @@ def _evaluate(model: str, config: EvaluateCommandConfig, console: Console | None
         bar = steps.task("model", 100)
         spec = ModelSpec(given.name, given.dtype, given.revision, given.trust_remote_code)
         folder = on_main(lambda: find_model(spec, progress=lambda _, share: bar(round(100 * share), 100)).folder)
-        measured = measure_model(
-            ModelSpec(str(folder), given.dtype, None, given.trust_remote_code),
-            on_main(lambda: model_fingerprint(folder)),
+        found = ModelSpec(str(folder), given.dtype, None, given.trust_remote_code)
+        decided = on_main(lambda: model_fingerprint(folder))
+        measured = measure_point(
+            Subject(found, decided, given.system, config.trainer.accelerator),
             config.evaluate,
             task=TaskChoice(config.task, config.task_path) if config.task else None,
-            system=given.system,
+            start=None,
             artifacts=artifact_store(),
-            accelerator=config.trainer.accelerator,
-            progress=steps.task("evaluate", None),
+            bars=evaluation_bars(steps, "evaluate"),
         )
     return on_main(lambda: _leave_behind(model, config, measured, started))
 
 
-def _leave_behind(model: str, config: EvaluateCommandConfig, measured: Measurement, started: float) -> dict[str, Any]:
-    row = {"label": model, "point": "start", "metrics": measured.metrics, "cost": row_cost(None, measured.cost)}
+def _leave_behind(model: str, config: EvaluateCommandConfig, measured: Measured, started: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": model, "point": "start", "metrics": measured.metrics}
+    row["cost"] = row_cost(None, measured.plain.cost)
     results = {
         "schema_version": SCHEMA_VERSION,
         "run": {
@@ -86,7 +88,7 @@ def _leave_behind(model: str, config: EvaluateCommandConfig, measured: Measureme
     folder = Path(config.output) / config.name
     write_atomic(folder / "config.yaml", to_yaml(config))
     write_json(folder / RESULTS_FILE, results)
-    write_atomic(folder / "samples.jsonl", measured.samples.read_bytes())
+    write_atomic(folder / "samples.jsonl", "\n".join(measured.sample_lines()) + "\n")
     logger = build_logger(config, folder=folder, stage="evaluate", labels=[config.task] if config.task else [])
     log_summary(logger, measured.metrics)
     close_logger(logger)

@@ -12,10 +12,14 @@ from typing import Any
 from framework.files import hash_file, to_plain
 from framework.registry import create_method
 
-__all__ = ["content_hashes", "embedded_hash", "resolved_methods", "versions"]
+__all__ = ["LATER_SETTINGS", "content_hashes", "embedded_hash", "resolved_methods", "versions", "without_later"]
 
 DECIDING = ("torch", "transformers", "peft", "pytorch-lightning")
 """Packages whose version may change a number."""
+
+
+LATER_SETTINGS = ("prefill", "prefill_replies", "prefill_model")
+"""Settings of ``evaluate`` that decide a measurement of their own."""
 
 
 def versions() -> dict[str, str]:
@@ -59,3 +63,16 @@ def resolved_methods(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
         config = to_plain(create_method(name, options).config)
         found.append({"name": name, "config": config, "files": content_hashes(config)})
     return found
+
+
+def without_later(evaluate: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``evaluate`` section as it was before ``LATER_SETTINGS`` existed, if it does without them.
+
+    What was finished then is found again: the fingerprint of a run without the attack is what it was.
+
+    Args:
+        evaluate: as plain values.
+    """
+    if evaluate.get("prefill"):
+        return dict(evaluate)
+    return {name: value for name, value in evaluate.items() if name not in LATER_SETTINGS}

@@ -14,7 +14,7 @@ from datamodules.embedded_sets import benign_examples
 from datamodules.layouts import read_pairs
 from datamodules.readers import find_file
 from datamodules.tasks import create_task
-from experiments.fingerprints import content_hashes, embedded_hash, versions
+from experiments.fingerprints import LATER_SETTINGS, content_hashes, embedded_hash, versions
 from framework.chat import ChatEncoder
 from framework.config import EvaluateConfig
 from framework.cost import CostLedger
@@ -24,18 +24,35 @@ from framework.evaluation.margin import refusal_margin
 from framework.evaluation.metrics import Rate, rates_from_records
 from framework.evaluation.panel import add_verdicts, create_panel, panel_metrics
 from framework.evaluation.records import EvaluationRecord, write_samples
-from framework.evaluation.suite import EvaluationSet, evaluate_model
+from framework.evaluation.suite import EvaluationResult, EvaluationSet, evaluate_model
 from framework.evaluation.verdict_cache import VerdictCache, judge_identity, verdict_cache
 from framework.examples import Prompt
 from framework.files import ArtifactStore, read_json, to_plain, write_json
 from framework.models import LoadedModel, ModelSpec, choose_device, load_model
 from framework.processes import is_main, main_first, on_main, rank, world_size, writing_together
 
-__all__ = ["Measurement", "TaskChoice", "check_evaluation", "choice_items", "evaluation_sets", "measure_model"]
+__all__ = [
+    "Bars",
+    "Measurement",
+    "Subject",
+    "TaskChoice",
+    "check_evaluation",
+    "choice_items",
+    "deciding_settings",
+    "evaluation_sets",
+    "guard_identities",
+    "judge_replies",
+    "limited_encoder",
+    "measure_model",
+    "stored_measurement",
+]
 
 FORMAT = 1
 MARGIN_PROMPTS = 20
 LIKELIHOOD_BATCH = 16
+
+Bars = Callable[[str], Callable[[int, int], None]]
+"""Opens a progress bar by name; what it returns is called with (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,19 @@ class TaskChoice:
 
     name: str
     path: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured, and how it is run."""
+
+    spec: ModelSpec
+    fingerprint: str
+    """Of its weights."""
+    system: str | None
+    """System message."""
+    accelerator: str = "auto"
+    """As Lightning spells it; decides the device that generates."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,7 @@ def check_evaluation(config: EvaluateConfig, task: TaskChoice | None) -> None:
         DataError: a file that is missing, empty or malformed.
         ModelError: a guard model that is not there.
     """
-    _guard_identities(config)
+    guard_identities(config)
     evaluation_sets(config, task)
     for name in config.nll:
         read_pairs(find_file(name), kind="benign")
@@ -118,9 +148,9 @@ def measure_model(
     system: str | None,
     artifacts: ArtifactStore,
     accelerator: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    bars: Bars | None = None,
 ) -> Measurement:
-    """Return a model's metrics, from the store when they were measured before.
+    """Return a model's metrics, from the store when they were measured before; attacks are measured apart.
 
     With several processes each of them calls this: all of them generate, the first one judges, computes likelihoods and
     margins, and writes. The numbers are those of one process.
@@ -133,7 +163,7 @@ def measure_model(
         system: system message.
         artifacts: where measurements are kept.
         accelerator: as Lightning spells it; decides the device that generates.
-        progress: called with (prompts done, all prompts).
+        bars: shows how far replies and scores are.
     """
     sets = main_first(lambda: evaluation_sets(config, task))
     key = {
@@ -141,59 +171,70 @@ def measure_model(
         "model": model_fingerprint,
         "dtype": spec.dtype,
         "system": system,
-        "config": {k: v for k, v in to_plain(config).items() if k not in ("after", "batch_size")},
+        "config": deciding_settings(config),
         "embedded": embedded_hash(),
         "files": content_hashes([str(find_file(name)) for name in (*config.nll, *config.multiple_choice)]),
         "versions": versions(),
         "sets": [[s.name, s.role, [(p.id, p.text, p.answer) for p in s.prompts]] for s in sets],
     }
-    guards = main_first(lambda: _guard_identities(config))
+    guards = main_first(lambda: guard_identities(config))
     if guards:
         key["guards"] = guards
-    folder = on_main(lambda: artifacts.find("measurement", key))
+    subject = Subject(spec, model_fingerprint, system, accelerator)
+
+    def measure(folder: Path) -> None:
+        _measure(subject, config, sets, folder, bars, verdict_cache(artifacts))
+
+    return stored_measurement(artifacts, "measurement", key, measure)
+
+
+def deciding_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the settings that decide the numbers of ``measure_model``; an attack is measured apart."""
+    left_out = ("after", "batch_size", *LATER_SETTINGS)
+    return {name: value for name, value in to_plain(config).items() if name not in left_out}
+
+
+def stored_measurement(artifacts: ArtifactStore, kind: str, key: Any, measure: Callable[[Path], None]) -> Measurement:
+    """Return what the store holds under ``key``, after ``measure`` wrote it there when it was missing.
+
+    Args:
+        artifacts: the store.
+        kind: of the artefact.
+        key: everything that decides the numbers.
+        measure: writes ``metrics.json`` and ``samples.jsonl`` into a folder; called on every process.
+    """
+    folder = on_main(lambda: artifacts.find(kind, key))
     reused = folder is not None
     if folder is None:
-        with writing_together(artifacts, "measurement", key) as partial:
-            _measure(spec, config, sets, system, partial, accelerator, progress, verdict_cache(artifacts))
+        with writing_together(artifacts, kind, key) as partial:
+            measure(partial)
         gc.collect()  # before the next model is loaded
-        folder = artifacts.path("measurement", key)
+        folder = artifacts.path(kind, key)
     stored = read_json(folder / "metrics.json")
     return Measurement(stored["metrics"], stored["cost"], folder / "samples.jsonl", reused)
 
 
 def _measure(
-    spec: ModelSpec,
+    subject: Subject,
     config: EvaluateConfig,
     sets: Sequence[EvaluationSet],
-    system: str | None,
     folder: Path,
-    accelerator: str,
-    progress: Callable[[int, int], None] | None,
+    bars: Bars | None,
     cache: VerdictCache,
 ) -> None:
     ledger = CostLedger("evaluate")
     judges = create_panel(config.judges)
-    loaded = load_model(spec)
-    loaded.model.to(choose_device(accelerator))  # type: ignore[arg-type]
-    encoder, num_truncated = _encoder(loaded, config, sets, system)
+    loaded = load_model(subject.spec)
+    loaded.model.to(choose_device(subject.accelerator))  # type: ignore[arg-type]
+    prompts = [prompt for item in sets for prompt in item.prompts]
+    encoder, num_truncated = limited_encoder(loaded, config, prompts, subject.system)
     with ledger.measure("evaluate"):
-        result = evaluate_model(
-            loaded.model,
-            encoder,
-            sets,
-            judges=[judge for judge in judges if not judge.needs_model],
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            progress=progress,
-            rank=rank(),
-            world_size=world_size(),
-        )
+        result = judge_replies(loaded, encoder, config, sets, bars("") if bars else None)
         metrics = {key: to_plain(rate) for key, rate in {**result.overall, **result.rates}.items()}
-        metrics |= on_main(lambda: _likelihoods(loaded.model, encoder, config))
+        metrics |= on_main(lambda: _likelihoods(loaded.model, encoder, config, bars))
     if not is_main():
         return
-    prompt_tokens = sum(len(encoder.encode_prompt(p.messages, prefill=p.prefill)) for s in sets for p in s.prompts)
-    ledger.add_evaluation(loaded.model, prompt_tokens=prompt_tokens, reply_tokens=result.generated_tokens)
+    _count_tokens(ledger, loaded, encoder, prompts, result)
     cost = ledger.to_dict() | {"seconds_by_set": result.seconds_by_set, "truncated_prompts": num_truncated}
     records: Sequence[EvaluationRecord] = result.records
     if len(judges) > 1:
@@ -206,6 +247,35 @@ def _measure(
     write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
 
 
+def judge_replies(
+    loaded: LoadedModel,
+    encoder: ChatEncoder,
+    config: EvaluateConfig,
+    sets: Sequence[EvaluationSet],
+    progress: Callable[[int, int], None] | None,
+) -> EvaluationResult:
+    """Return a model's replies to every prompt, judged by those judges that need no model; on every process.
+
+    Args:
+        loaded: the model, on its device.
+        encoder: renders the conversations.
+        config: judges, batch size and length of replies.
+        sets: prompts.
+        progress: called with (done, total) in granted tokens.
+    """
+    return evaluate_model(
+        loaded.model,
+        encoder,
+        sets,
+        judges=[judge for judge in create_panel(config.judges) if not judge.needs_model],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        progress=progress,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
 def _all_rates(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
     """Return the rates over all records, and those of each set behind its name."""
     rates = rates_from_records(records)
@@ -215,15 +285,25 @@ def _all_rates(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
     return rates
 
 
-def _guard_identities(config: EvaluateConfig) -> list[dict[str, Any]]:
+def guard_identities(config: EvaluateConfig) -> list[dict[str, Any]]:
     """Return what the guard models are, weights included; one that is not there is refused."""
     return [judge_identity(judge) for judge in create_panel(config.judges) if judge.needs_model]
 
 
-def _encoder(
-    loaded: LoadedModel, config: EvaluateConfig, sets: Sequence[EvaluationSet], system: str | None
+def limited_encoder(
+    loaded: LoadedModel, config: EvaluateConfig, prompts: Sequence[Prompt], system: str | None
 ) -> tuple[ChatEncoder, int]:
-    """Return the encoder and how many prompts it cuts from the left; none unless the config asks for it."""
+    """Return the encoder and how many prompts it cuts from the left; none unless the config asks for it.
+
+    Args:
+        loaded: model and tokenizer.
+        config: what happens to long prompts, and how long replies are.
+        prompts: all that will be encoded.
+        system: system message.
+
+    Raises:
+        ConfigError: replies of that length leave no room for a prompt.
+    """
     whole = ChatEncoder(loaded.tokenizer, system=system)
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if config.overflow == "error" or context is None:
@@ -234,27 +314,44 @@ def _encoder(
             f"Expected `evaluate.max_new_tokens` to leave room in the model's context of {context} tokens, but got "
             f"{config.max_new_tokens}."
         )
-    lengths = [len(whole.encode_prompt(p.messages, prefill=p.prefill)) for s in sets for p in s.prompts]
+    lengths = [len(whole.encode_prompt(prompt.messages, prefill=prompt.prefill)) for prompt in prompts]
     encoder = ChatEncoder(loaded.tokenizer, system=system, max_prompt_tokens=limit)
     return encoder, sum(length > limit for length in lengths)
 
 
-def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig) -> dict[str, Any]:
+def _count_tokens(
+    ledger: CostLedger,
+    loaded: LoadedModel,
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
+    result: EvaluationResult,
+) -> None:
+    prompt_tokens = sum(len(encoder.encode_prompt(prompt.messages, prefill=prompt.prefill)) for prompt in prompts)
+    ledger.add_evaluation(loaded.model, prompt_tokens=prompt_tokens, reply_tokens=result.generated_tokens)
+
+
+def _likelihoods(model: Any, encoder: ChatEncoder, config: EvaluateConfig, bars: Bars | None) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     # Scored replies need logits over the vocabulary at every token, generated ones only at the last.
     batch = min(config.batch_size, LIKELIHOOD_BATCH)
+
+    def bar(name: str) -> Callable[[int, int], None] | None:
+        return bars(name) if bars else None
+
     if config.safety:
         prompts = evaluation_prompts("embedded", kind="safety", split="validation")[:MARGIN_PROMPTS]
-        margin = refusal_margin(model, encoder, prompts, batch_size=batch)
+        margin = refusal_margin(model, encoder, prompts, batch_size=batch, progress=bar("refusal margin"))
         metrics["refusal_margin"] = {"value": margin.mean, "denominator": margin.num_prompts, "unit": "nats"}
     if config.benign_nll:
-        nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=batch)
+        nll = mean_nll(model, encoder, benign_examples("validation"), batch_size=batch, progress=bar("benign NLL"))
         metrics["benign_nll"] = to_plain(nll)
     for name in config.nll:
         pairs = read_pairs(find_file(name), kind="benign")
-        metrics[f"nll/{name}"] = to_plain(mean_nll(model, encoder, pairs, batch_size=batch))
+        found = mean_nll(model, encoder, pairs, batch_size=batch, progress=bar(f"NLL of {Path(name).name}"))
+        metrics[f"nll/{name}"] = to_plain(found)
     for name in config.multiple_choice:
-        scored = score_choices(model, encoder, choice_items(name), batch_size=batch)
+        shown = bar(f"choices of {Path(name).name}")
+        scored = score_choices(model, encoder, choice_items(name), batch_size=batch, progress=shown)
         metrics[f"choice_accuracy/{name}"] = to_plain(scored.accuracy)
     return metrics
 

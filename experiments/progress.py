@@ -27,7 +27,7 @@ from rich.text import Text
 
 from experiments.console import format_seconds
 
-__all__ = ["Steps", "TrainingProgress"]
+__all__ = ["Steps", "TrainingProgress", "evaluation_bars"]
 
 LINE_EVERY = 0.1
 """Share of a task between two plain lines."""
@@ -109,6 +109,16 @@ class Steps:
         for task in self._live:
             task.drop_if_idle()
         self._live = [task for task in self._live if task.is_shown]
+
+
+def evaluation_bars(steps: Steps, name: str) -> Callable[[str], Update]:
+    """Return what opens the bar of a part of a measurement: ``name`` for the replies, ``name: part`` for the others.
+
+    Args:
+        steps: where bars are shown.
+        name: of the measurement, e.g. ``"evaluate finetune"``.
+    """
+    return lambda part: steps.task(f"{name}: {part}" if part else name, None)
 
 
 def _ignore(done: int, total: int | None = None, note: str = "") -> None:

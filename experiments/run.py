@@ -8,20 +8,24 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from rich.console import Console
 
+from experiments.compliant_replies import Sampler
 from experiments.console import row_cost
-from experiments.measure import Measurement, TaskChoice, check_evaluation, measure_model
-from experiments.progress import Steps, TrainingProgress
-from experiments.run_folder import take_folder
+from experiments.measure import Subject, TaskChoice, check_evaluation
+from experiments.prefill import Measured, measure_point
+from experiments.progress import Steps, TrainingProgress, evaluation_bars
+from experiments.run_folder import PICTURES, portable_path, take_folder
 from experiments.stages import ModelState, StageChain, Watch
 from experiments.tracking import TrackingLogger, build_logger, close_logger, kept_run_id, log_summary
+from experiments.training_picture import has_telemetry, training_svg
 from framework.config import EvaluateCommandConfig, RunConfig, StageConfig
 from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
 from framework.processes import is_main, main_first, on_main, together, world_size
@@ -41,36 +45,46 @@ RESULTS_FILE = "results.json"
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "peft", "torchmetrics", "omegaconf", "safetensors", "wandb")
 
 
-def run_recipe(config: RunConfig, *, console: Console | None = None, label: str | None = None) -> dict[str, Any]:
+def run_recipe(
+    config: RunConfig,
+    *,
+    console: Console | None = None,
+    label: str | None = None,
+    watchers: Callable[[str], tuple[pl.Callback, ...]] = lambda stage: (),
+) -> dict[str, Any]:
     """Run a config and return the content of its ``results.json``.
 
     Args:
         config: the run.
         console: where progress is drawn; None draws nothing.
         label: what the last model is called in tables; None takes the methods' names.
+        watchers: further watching callbacks of a stage, by its name.
 
     With several processes each of them calls this, and the first one writes and shows progress.
 
     Returns:
         Schema-versioned results; written to ``<output>/<name>/results.json`` with config, samples and model beside it.
     """
-    return together(lambda: _run(config, console, label))
+    return together(lambda: _run(config, console, label, watchers))
 
 
-def _run(config: RunConfig, console: Console | None, label: str | None) -> dict[str, Any]:
+def _run(
+    config: RunConfig, console: Console | None, label: str | None, watchers: Callable[[str], tuple[pl.Callback, ...]]
+) -> dict[str, Any]:
     started = time.time()
     set_threads(config.trainer.threads, processes=local_processes(config))
     folder = Path(config.output) / config.name
     main_first(lambda: check_evaluation(config.evaluate, _task(config)))
     artifacts = artifact_store()
     with Steps((console or Console(stderr=True)) if is_main() else None) as steps:
-        chain = StageChain(config, artifacts, _watch(config, steps, folder))
+        chain = StageChain(config, artifacts, _watch(config, steps, folder, watchers))
         on_main(lambda: take_folder(folder, config, steps.say))
         states = chain.run()
         measured = _measure_points(config, chain, states, steps)
 
     def finish() -> dict[str, Any]:
         results = _results(config, states, measured, started, label)
+        _draw(folder, states)
         _leave_behind(folder, results, states[-1], measured)
         _track(config, results, folder)
         return results
@@ -121,10 +135,10 @@ def _cpu_name() -> str:
     return f"{names[0]} x {len(names)}" if names else platform.processor()
 
 
-def _watch(config: RunConfig, steps: Steps, folder: Path) -> Watch:
+def _watch(config: RunConfig, steps: Steps, folder: Path, watchers: Callable[[str], tuple[pl.Callback, ...]]) -> Watch:
     return Watch(
         progress=steps.task,
-        callbacks=lambda name: (TrainingProgress(steps, f"train {name}"),),
+        callbacks=lambda name: (TrainingProgress(steps, f"train {name}"), *watchers(name)),
         open_logger=lambda name, stage, run_id: _open_logger(config, folder, name, _tags(stage), run_id),
         close_logger=close_logger,
         say=steps.say,
@@ -142,22 +156,20 @@ def _open_logger(
 
 def _measure_points(
     config: RunConfig, chain: StageChain, states: Sequence[ModelState], steps: Steps
-) -> dict[str, Measurement]:
-    measured = {}
-    for state in states:
-        if state.point not in config.evaluation_points():
-            continue
-        measured[state.point] = measure_model(
-            chain.model_spec(state),
-            state.fingerprint,
+) -> dict[str, Measured]:
+    start = Sampler(chain.model_spec(chain.start), chain.start.fingerprint)
+    return {
+        state.point: measure_point(
+            Subject(chain.model_spec(state), state.fingerprint, config.model.system, config.trainer.accelerator),
             config.evaluate,
             task=_task(config),
-            system=config.model.system,
+            start=start,
             artifacts=chain.artifacts,
-            accelerator=config.trainer.accelerator,
-            progress=steps.task(f"evaluate {state.point}", None),
+            bars=evaluation_bars(steps, f"evaluate {state.point}"),
         )
-    return measured
+        for state in states
+        if state.point in config.evaluation_points()
+    }
 
 
 def _task(config: RunConfig) -> TaskChoice | None:
@@ -168,7 +180,7 @@ def _task(config: RunConfig) -> TaskChoice | None:
 def _results(
     config: RunConfig,
     states: Sequence[ModelState],
-    measured: dict[str, Measurement],
+    measured: dict[str, Measured],
     started: float,
     label: str | None,
 ) -> dict[str, Any]:
@@ -180,10 +192,10 @@ def _results(
                 {
                     "label": _label(config, state, label if state is states[-1] else None),
                     "point": state.point,
-                    "model": {"folder": str(state.folder), "fingerprint": state.fingerprint},
+                    "model": {"folder": portable_path(state.folder), "fingerprint": state.fingerprint},
                     "metrics": found.metrics,
-                    "cost": row_cost(state.record.get("cost"), found.cost),
-                    "is_reused": found.is_reused,
+                    "cost": row_cost(state.record.get("cost"), found.plain.cost),
+                    "is_reused": all(part.is_reused for part in found.parts),
                 }
             )
     return {
@@ -221,7 +233,7 @@ def _label(config: RunConfig, state: ModelState, given: str | None) -> str:
     return " + ".join(stage.methods) or default
 
 
-def _stage_records(states: Sequence[ModelState], measured: dict[str, Measurement]) -> list[dict[str, Any]]:
+def _stage_records(states: Sequence[ModelState], measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """Return what was done, in order: training stages with curves and cost, measurements with cost."""
     records: list[dict[str, Any]] = []
     for state in states:
@@ -230,23 +242,36 @@ def _stage_records(states: Sequence[ModelState], measured: dict[str, Measurement
             records.append(
                 {**state.record, "seconds": seconds, "reused": state.is_reused, "fingerprint": state.fingerprint}
             )
-        if (found := measured.get(state.point)) is not None:
-            name, seconds = f"evaluate {state.point}", found.cost["seconds"]["total"]
-            records.append({"stage": name, "seconds": seconds, "reused": found.is_reused, "cost": found.cost})
+        for part in measured[state.point].parts if state.point in measured else []:
+            name, seconds = f"{part.cost['stage']} {state.point}", part.cost["seconds"]["total"]
+            records.append({"stage": name, "seconds": seconds, "reused": part.is_reused, "cost": part.cost})
     return records
 
 
-def _leave_behind(folder: Path, results: dict[str, Any], last: ModelState, measured: dict[str, Measurement]) -> None:
+def _leave_behind(folder: Path, results: dict[str, Any], last: ModelState, measured: dict[str, Measured]) -> None:
     lines = []
     for point, found in measured.items():
-        for line in found.samples.read_text(encoding="utf-8").splitlines():
+        for line in found.sample_lines():
             lines.append(json.dumps({"point": point, **json.loads(line)}, ensure_ascii=False))
     write_atomic(folder / "samples.jsonl", "\n".join(lines) + "\n")
     _link_model(last.folder, folder / "model")
     adapter = last.folder.parent / "adapter"
     if last.point != "start" and adapter.is_dir():
         _link_model(adapter, folder / "adapter")
+    shutil.rmtree(folder / "patches", ignore_errors=True)
+    for patch in [] if last.point == "start" else sorted(last.folder.parent.glob("*.safetensors")):
+        (folder / "patches").mkdir(exist_ok=True)
+        shutil.copy2(patch, folder / "patches" / patch.name)
     write_json(folder / RESULTS_FILE, results)  # last: a run with results is complete
+
+
+def _draw(folder: Path, states: Sequence[ModelState]) -> None:
+    """Draw what a probe or a method saw in training, one picture a stage; a stage without either has none."""
+    for name, file in PICTURES.items():
+        (folder / file).unlink(missing_ok=True)
+        for state in states:
+            if state.point == name and has_telemetry(state.record):
+                write_atomic(folder / file, training_svg(state.record))
 
 
 def _link_model(source: Path, target: Path) -> None:

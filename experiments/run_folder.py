@@ -9,14 +9,17 @@ from typing import Any
 
 import yaml
 
-from framework.config import RunConfig, to_yaml
-from framework.files import fingerprint, write_atomic
+from framework.config import RunConfig, StageConfig, to_yaml
+from framework.files import cache_root, fingerprint, hash_file, to_plain, write_atomic
+from framework.schema import STAGES
 
-__all__ = ["config_differences", "take_folder"]
+__all__ = ["PICTURES", "config_differences", "portable_path", "take_folder"]
 
 CONFIG_FILE = "config.yaml"
 EARLIER = "earlier"
-OUTPUTS = ("results.json", "samples.jsonl", "report.html", "model", "adapter")
+PICTURES = {name: f"training-{name}.svg" for name in STAGES}
+"""What is drawn of each training stage."""
+OUTPUTS = ("results.json", "samples.jsonl", "report.html", "model", "adapter", *PICTURES.values())
 """What a finished run leaves behind; the results come first, because a folder that has them counts as finished."""
 SHOWN = 5
 
@@ -33,16 +36,19 @@ def take_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
         StorageError: the folder cannot be written.
     """
     path, text = folder / CONFIG_FILE, to_yaml(config)
+    moved = [folder / name for name in OUTPUTS if (folder / name).exists()]
     old = _read(path)
-    differences = config_differences(old, yaml.safe_load(text))
-    if old and differences:
+    if old is None:
+        if moved:
+            target = folder / EARLIER / _name_unread(path)
+            _move(moved, target, path)
+            say(f"{folder} held the results of a config that cannot be read any more; they are in {target} now")
+    elif differences := config_differences(_completed(old), yaml.safe_load(text)):
         more = [f"{len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         shown = "; ".join([*differences[:SHOWN], *more])
-        moved = [folder / name for name in OUTPUTS if (folder / name).exists()]
         if moved:
             target = folder / EARLIER / fingerprint(old)
-            _move(moved, target)
-            shutil.copy2(path, target / CONFIG_FILE)
+            _move(moved, target, path)
             say(f"{folder} held the results of another config ({shown}); they are in {target} now")
         else:
             say(f"{folder} was begun with another config ({shown}); stages that did not change are reused")
@@ -61,22 +67,66 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     return [f"{key}: {before} -> {after}" for key, (before, after) in pairs.items() if before != after]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the config of an earlier run; one that is no YAML decides nothing and is overwritten."""
+def portable_path(path: Path) -> str:
+    """Return a path as it may stand in results that go to other machines: without the folders of this one.
+
+    What lies in the cache is named from there on (``<cache>/...``), what lies below the working folder relative to it,
+    and of anything else only the last part.
+
+    Example:
+        >>> portable_path(Path("/somewhere/models/mine"))
+        'mine'
+    """
+    full = path.expanduser().absolute()
+    if full.is_relative_to(cache := cache_root().absolute()):
+        return f"<cache>/{full.relative_to(cache).as_posix()}"
+    if full.is_relative_to(here := Path.cwd()):
+        return full.relative_to(here).as_posix()
+    return full.name
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the config of an earlier run; None if there is none or it is no YAML mapping."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def _move(paths: list[Path], target: Path) -> None:
+def _name_unread(path: Path) -> str:
+    return hash_file(path)[:16] if path.is_file() else "unknown"
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with the settings that did not exist yet when it was written, at their defaults."""
+    found = _filled(old, to_plain(RunConfig(name="unnamed")))
+    stages = found.get("stages")
+    if isinstance(stages, dict):
+        stage = to_plain(StageConfig())
+        found["stages"] = {k: _filled(v, stage) if isinstance(v, dict) else v for k, v in stages.items()}
+    return found
+
+
+def _filled(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found = {**defaults, **values}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            found[key] = _filled(value, default)
+    return found
+
+
+def _move(paths: list[Path], target: Path, config: Path) -> None:
+    """Move the outputs into ``target`` and put the config they were made with beside them, if there is one."""
     target.mkdir(parents=True, exist_ok=True)
     for path in paths:
         there = target / path.name
         if there.is_dir():
             shutil.rmtree(there)
         path.replace(there)
+    if config.is_file():
+        shutil.copy2(config, target / CONFIG_FILE)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -129,7 +129,8 @@ def _run_attempt(job: StageJob, attempt: Attempt, logger: Any) -> dict[str, Any]
         with ledger.measure("other"):
             apply_edits(model, methods, order=tuple(job.stage.order or ()))
     with ledger.measure("other"):
-        on_main(lambda: _export(model, loaded.tokenizer, folder, has_adapter=job.settings.adapter.kind == "lora"))
+        has_adapter = job.settings.adapter.kind == "lora"
+        on_main(lambda: _export(model, loaded.tokenizer, folder, methods, has_adapter=has_adapter))
     record["effects"] = {
         m.name: {**dict(m.effects), "largest_term": m.largest_term, "reports": m.reports} for m in methods
     }
@@ -140,10 +141,12 @@ def _run_attempt(job: StageJob, attempt: Attempt, logger: Any) -> dict[str, Any]
     return record
 
 
-def _export(model: nn.Module, tokenizer: Any, folder: Path, *, has_adapter: bool) -> None:
+def _export(model: nn.Module, tokenizer: Any, folder: Path, methods: list[Method], *, has_adapter: bool) -> None:
     if has_adapter:
         save_adapter(model, folder / "adapter")
     save_model(merge_adapter(model), tokenizer, folder / "model", dtype=torch.float32)
+    for method in methods:
+        method.write_files(folder)
 
 
 def _finish(folder: Path, record: dict[str, Any]) -> None:
@@ -186,6 +189,7 @@ def _train(
         )
     model = _whole_model(job, model, whole)
     trainable = count_parameters(model)[0]  # after `setup`, where methods add and freeze
+    trainable += sum(method.effects["parameters_folded"] for method in methods)  # and taken off again at the end
     for method in methods:
         ledger.add_stored(method.effects["stored_numbers"])
     ledger.add_training(
@@ -204,6 +208,7 @@ def _train(
         "trainable_parameters": trainable,
         "curves": history.curves(),
         "probes": [w.history for w in job.watchers if isinstance(w, RefusalMarginProbe)],
+        "telemetry": {k: h for w in job.watchers if isinstance(w, RefusalMarginProbe) for k, h in w.histories.items()},
     }
 
 

@@ -72,6 +72,11 @@ def evaluate_problems(config: EvaluateCommandConfig, *, known: KnownNames) -> li
     if config.evaluate.task != (config.task is not None):
         text = f"Expected `task` to name a task exactly when `evaluate.task` is true, but got {config.task!r}."
         problems.append(Problem("task", f"{text} Write task=NAME."))
+    attack = config.evaluate
+    if attack.prefill and attack.prefill_replies == "sampled" and attack.prefill_model is None:
+        text = "Expected `evaluate.prefill_model` to name the unaligned model that samples compliant replies, but got"
+        remedy = "Name it, or write evaluate.prefill_replies=opening for one fixed opening."
+        problems.append(Problem("evaluate.prefill_model", f"{text} None. {remedy}"))
     return problems
 
 
@@ -151,6 +156,16 @@ def _evaluation(config: EvaluateConfig, known: KnownNames) -> Iterator[Problem]:
     if not any((config.safety, config.over_refusal, config.task)):
         text = "Expected `evaluate` to measure replies, but safety, over_refusal and task are all empty or false."
         yield Problem("evaluate", f"{text} Name at least one set.")
+    yield from _prefill(config)
+
+
+def _prefill(config: EvaluateConfig) -> Iterator[Problem]:
+    if config.prefill and not config.safety:
+        text = "Expected `evaluate.safety` to name the prompts that `evaluate.prefill` attacks, but got none."
+        yield Problem("evaluate.prefill", f"{text} Add `embedded`.")
+    if len(set(config.prefill)) < len(config.prefill):
+        text = f"Expected the numbers of `evaluate.prefill` to be different, but got {config.prefill!r}."
+        yield Problem("evaluate.prefill", text)
 
 
 def _evaluation_points(config: RunConfig) -> Iterator[Problem]:

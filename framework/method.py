@@ -42,7 +42,7 @@ POINTS = (
     "edit_weights",
 )
 NON_COMMUTING = ("prepare_model", "edit_gradients", "project_weights", "edit_weights")
-_OFFERED = {"add_hook", "count", "note_term", "report", "require_effect"}
+_OFFERED = {"add_hook", "count", "note_term", "report", "require_effect", "write_files"}
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,13 @@ class Method(pl.Callback):
 
     def edit_weights(self, model: nn.Module) -> None:
         """Change the final weights; afterwards the model has its original key names again."""
+
+    def write_files(self, folder: Path) -> None:
+        """Write what belongs beside the finished model, such as a patch; no contribution point, called once at the end.
+
+        Args:
+            folder: the stage's, in which ``model`` and ``adapter`` are taken.
+        """
 
     # ---- what authors call ---------------------------------------------------------------------------------------
 

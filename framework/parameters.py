@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple, cast
@@ -117,8 +118,12 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> tuple[tuple[float, float], ...]:
-    """Return (sum, sum of squares) in float64 of every tensor: equal before and after means nothing was edited."""
+    """Return (sum, sum of squares) in float64 of every tensor: equal before and after means nothing was edited.
+
+    NaN equals NaN here: a tensor that held one before is not edited because it holds one afterwards.
+    """
     sums = [torch.stack((wide.sum(), wide.square().sum())) for wide in (t.detach().double() for t in tensors)]
     if len({pair.device for pair in sums}) == 1:  # one wait for the device instead of one per tensor
         sums = list(torch.stack(sums).cpu())
-    return tuple((float(total), float(squares)) for total, squares in (pair.tolist() for pair in sums))
+    # One object for every NaN: tuples and sets look at identity before they look at values.
+    return tuple(tuple(math.nan if math.isnan(x) else x for x in pair.tolist()) for pair in sums)  # type: ignore[misc]

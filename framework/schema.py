@@ -193,6 +193,13 @@ class EvaluateConfig(_Checked):
     """Files of prompt and reply pairs; the mean negative log-likelihood of each file's replies is measured."""
     multiple_choice: list[str] = setting(factory=list)
     """Multiple-choice files or folders (MMLU and BBH layouts)."""
+    prefill: list[int] = setting(factory=list, rule=COUNT)
+    """Prefilling attack: for each number, so many first tokens of a compliant reply are forced on every harmful prompt
+    of ``safety``; empty attacks nothing."""
+    prefill_replies: Literal["sampled", "opening"] = "sampled"
+    """Where the compliant replies come from: ``sampled`` from the unaligned model, or one fixed affirmative opening."""
+    prefill_model: str | None = None
+    """Unaligned model that samples them; null takes the model the run starts from."""
 
 
 @dataclass(frozen=True)

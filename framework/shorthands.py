@@ -75,7 +75,8 @@ def spell_out_methods(
         read: returns the default ``methods:`` entry of a method, by name.
 
     Raises:
-        ConfigError: no name, a name given twice, no ``finetune`` stage, or ``methods`` set as a whole as well.
+        ConfigError: no name, a name given twice, no ``finetune`` stage, ``methods`` set as a whole as well, or a
+            setting of a method that is not named.
     """
     rest = [(_full_key(key), value) for key, value in overrides if key != METHOD]
     given = [value for key, value in overrides if key == METHOD]
@@ -93,10 +94,34 @@ def spell_out_methods(
             "Expected the recipe to have a `finetune` stage for `method` to fill, but it has none. Write "
             "stages.<stage>.methods={NAME: {}} for another stage."
         )
+    _check_named(rest, names)
     settings: dict[str, Any] = {}
     for name in names:
         settings.update(read(name))
     return [(_METHODS, settings), *rest]
+
+
+def _check_named(overrides: Sequence[tuple[str, Any]], names: Sequence[str]) -> None:
+    """Refuse a setting of a method that ``method`` does not name: it would add that method without a word.
+
+    Args:
+        overrides: key and value, spelt out.
+        names: what ``method`` names.
+
+    Raises:
+        ConfigError: lists every such setting.
+    """
+    problems = []
+    for key, _ in overrides:
+        name = key.removeprefix(f"{_METHODS}.").split(".")[0]
+        if key.startswith(f"{_METHODS}.") and name not in names:
+            short = key.removeprefix("stages.finetune.")
+            problems.append(
+                f"Expected `{short}` to set a method that `method` names, but got {', '.join(names)}. Write "
+                f"method={','.join([*names, name])} to have both."
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _full_key(key: str) -> str:

@@ -32,6 +32,7 @@ from datamodules.finetune import FineTuneDataModule
 from datamodules.tasks import create_task
 from experiments.contract.tiny import TinyModel, make_tokenizer, task_examples
 from experiments.run import environment, set_threads
+from experiments.training import quiet_lightning
 from framework.adapters import AdapterSpec, add_adapter
 from framework.batch import Batch, collate
 from framework.chat import ChatEncoder, EncodedExample
@@ -92,6 +93,18 @@ class Formula(PACT):
         return ctx.token_mean(values)
 
 
+class TimedBuilding(PACT):
+    """PACT that notes what computing the cache takes, apart from looking up the safety tokens it is for."""
+
+    name = "pact_timed"
+    seconds = 0.0
+
+    def _cover(self, model: nn.Module, rows: Sequence[EncodedExample]) -> int:
+        covered: list[int] = []
+        self.seconds += _clocked(lambda: covered.append(PACT._cover(self, model, rows)))
+        return covered[0]
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return times, memory and the size of the cache."""
     seconds: dict[str, list[float]] = {name: [] for name in arguments.variants}
@@ -131,21 +144,55 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def _building(
     start: Path, rows: Sequence[Example], store: MethodStore, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what building the cache took, in seconds and in forward passes over the same rows; bytes a reply token."""
+    """Return what building the cache took, in seconds and in forward passes over the same rows; bytes a reply token.
+
+    Each is done several times, in turn, into a cache of its own, and the median counts: a pass may be short.
+    """
     model, data = _model(start), _data(start, rows, arguments)
     encoded = data.encoded
-    with on_fast_device(model), reference_mode(model):
-        once = _clocked(lambda: _one_pass(model, encoded))
-    method = PACT(PACTConfig())
-    # The search for the tokens comes first and is kept, so that the second call times the cache alone.
+    # The search for the tokens comes first and is kept, so that the caches are timed alone.
     prepare_methods([PACT(PACTConfig(reference="live"))], model, data, store)
-    taken = _clocked(lambda: prepare_methods([method], model, data, store))
-    references = method._references
+    passes, taken, looking = [], [], []
+    for number in range(max(1, arguments.rounds)):
+        with on_fast_device(model), reference_mode(model):
+            passes.append(_clocked(lambda: _one_pass(model, encoded)))
+        method = TimedBuilding(PACTConfig())
+        elsewhere = MethodStore(_Fresh(store.artifacts.root, f"build-{number}"), models=store.models)
+        whole = _clocked(lambda m=method, s=elsewhere: prepare_methods([m], model, data, s))  # type: ignore[misc]
+        taken.append(method.seconds)
+        looking.append(whole - method.seconds)
+    # The first cache in the common store is the one that training reads.
+    kept = PACT(PACTConfig())
+    prepare_methods([kept], model, data, store)
+    references = kept._references
     if references is None:
         raise ConfigError("Expected a cache to be built, but got none.")
     size = references.bytes / references.tokens
-    print(f"cache: {taken:.2f} s, {taken / once:.2f} forward passes (bound {PASSES_BOUND:g}); {size:.1f} bytes a token")
-    return {"seconds": taken, "passes": taken / once, "bytes_per_token": size, "tokens": references.tokens}
+    ratio = statistics.median(spent / once for spent, once in zip(taken, passes, strict=True))
+    seconds, other = statistics.median(taken), statistics.median(looking)
+    print(
+        f"cache: {seconds:.2f} s, {ratio:.2f} forward passes (bound {PASSES_BOUND:g}); {other:.2f} s to look up the "
+        f"tokens; {size:.1f} bytes a token"
+    )
+    return {
+        "seconds": seconds,
+        "lookup_seconds": other,
+        "passes": ratio,
+        "bytes_per_token": size,
+        "tokens": references.tokens,
+    }
+
+
+class _Fresh(ArtifactStore):
+    """The store, but for reference caches, which are built anew in a folder of their own."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        super().__init__(root)
+        self._name = name
+
+    def path(self, kind: str, key: Any) -> Path:
+        """Return the artefact's place."""
+        return super().path(f"{self._name}-{kind}" if kind == "pact_reference" else kind, key)
 
 
 class _PeakMemory:
@@ -193,16 +240,12 @@ def _fit(
         methods = [(Formula if variant == "formula" else PACT)(PACTConfig(reference=kind))]
     prepare_methods(methods, model, data, store)
     times = _StepTimes()
-    trainer = pl.Trainer(
-        accelerator="auto", devices=1, max_steps=arguments.steps + 1, max_epochs=1, logger=False,
-        callbacks=compose(methods, observers=[times]), enable_checkpointing=False, enable_progress_bar=False,
-        log_every_n_steps=50, enable_model_summary=False, gradient_clip_val=1.0, use_distributed_sampler=False,
-        precision="bf16-mixed" if next(model.parameters()).dtype == torch.bfloat16 else "32-true",
-    )  # fmt: skip
+    with quiet_lightning():
+        trainer = _trainer(methods, times, model, arguments)
     model.train()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _PeakMemory() as memory:
+    with _PeakMemory() as memory, quiet_lightning():
         trainer.fit(FineTuneModule(model, learning_rate=5e-4, total_steps=arguments.steps + 1), datamodule=data)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory.bytes
     column = 1 if torch.cuda.is_available() else 0
@@ -210,6 +253,15 @@ def _fit(
         [after[i] - before[i] for before, after in zip(times.marks, times.marks[1:], strict=False)] for i in (column, 1)
     ]
     return statistics.median(spans[0]), statistics.median(spans[1]), peak
+
+
+def _trainer(methods: Sequence[PACT], times: _StepTimes, model: nn.Module, arguments: argparse.Namespace) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="auto", devices=1, max_steps=arguments.steps + 1, max_epochs=1, logger=False,
+        callbacks=compose(methods, observers=[times]), enable_checkpointing=False, enable_progress_bar=False,
+        log_every_n_steps=50, enable_model_summary=False, gradient_clip_val=1.0, use_distributed_sampler=False,
+        precision="bf16-mixed" if next(model.parameters()).dtype == torch.bfloat16 else "32-true",
+    )  # fmt: skip
 
 
 def _files(arguments: argparse.Namespace, folder: Path) -> tuple[Path, list[Example]]:

@@ -61,6 +61,19 @@ class LeavesHooks(Method):
         self.count("modules_matched")
 
 
+class HooksUntilTheEnd(LeavesHooks):
+    """Takes its hook away at the end of training, which a run that breaks off does not reach."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Register it and keep the handle to itself."""
+        self._handle = toy_module(model).register_forward_hook(lambda module, args, output: output * 0.9)
+        self.count("modules_matched")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove it."""
+        self._handle.remove()
+
+
 class ShrinksEachTime(Method):
     """Calls shrinking a projection."""
 
@@ -179,7 +192,10 @@ BROKEN_WIRING: dict[str, tuple[tuple[Subject, str], ...]] = {
         (_alone(EditsElsewhere, "elsewhere", no_neutral="none", edits=IN_TARGET), "outside the scope: max"),
     ),
     "folding": ((_alone(FoldsTwice, "folds_twice", no_neutral=ALWAYS, edits=IN_TARGET), "folded and hooked .* > 1e"),),
-    "hooks_removed": ((_alone(LeavesHooks, "hook", no_neutral="none"), "hooks are left on 1 modules"),),
+    "hooks_removed": (
+        (_alone(LeavesHooks, "hook", no_neutral="none"), "hooks are left on 1 modules"),
+        (_alone(HooksUntilTheEnd, "late_hook", no_neutral="none"), "after a run that broke off hooks are left on 1"),
+    ),
     "projects_once": ((_alone(ShrinksEachTime, "shrinks", no_neutral="none"), "second projection: .* > 1e-06"),),
     "edit_only_stage": (
         (_alone(EditsOnlyWhatItSaw, "saw", no_neutral="none", edits=IN_TARGET), "NoEffectError: Method `broken_saw`"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from experiments.contract.case import TOLERANCE
-from experiments.contract.fitting import build_data, build_model, plain_state
+from experiments.contract.fitting import PowerCut, Recorder, build_data, build_model, plain_state
 from experiments.contract.outcome import (
     Outcome,
     absent,
@@ -79,8 +80,19 @@ def folding(bench: Workbench) -> Outcome:
 def hooks_removed(bench: Workbench) -> Outcome:
     """After the run, and after a run that broke off, the model computes by itself."""
     model = bench.edited(bench.create()) if bench.is_edit_only else bench.acting().model
-    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    return fails(f"hooks are left on {len(hooked)} modules ({hooked[0]})") if hooked else passes("no hook left")
+    if hooked := _hooked(model):
+        return fails(f"hooks are left on {len(hooked)} modules ({hooked[0]})")
+    if bench.is_edit_only:
+        return passes("no hook left")
+    recorder = Recorder(interrupt_at=1)
+    with contextlib.suppress(PowerCut):
+        bench.fit(bench.create(), recorder=recorder)
+        return fails("the run did not break off where it was told to")
+    if recorder.model is None or not recorder.steps:
+        return fails("the run broke off before its first step")
+    if hooked := _hooked(recorder.model):
+        return fails(f"after a run that broke off hooks are left on {len(hooked)} modules ({hooked[0]})")
+    return passes("no hook left, nor after a run that broke off")
 
 
 @clause("projecting twice equals projecting once")
@@ -121,6 +133,15 @@ def edit_only_stage(bench: Workbench) -> Outcome:
 
 
 # ---- private -----------------------------------------------------------------------------------------------------
+
+
+def _hooked(model: nn.Module) -> list[str]:
+    """Return the names of modules with hooks; the outermost one has no name."""
+    return [
+        name or "the model"
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    ]
 
 
 class _Edit(NamedTuple):

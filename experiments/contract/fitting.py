@@ -30,7 +30,18 @@ from framework.method import Method, MethodStore
 from framework.module import FineTuneModule
 from framework.parameters import clean_name
 
-__all__ = ["BATCH", "STEPS", "FitSpec", "Fitted", "Recorder", "build_data", "build_model", "fit", "plain_state"]
+__all__ = [
+    "BATCH",
+    "STEPS",
+    "FitSpec",
+    "Fitted",
+    "PowerCut",
+    "Recorder",
+    "build_data",
+    "build_model",
+    "fit",
+    "plain_state",
+]
 
 BATCH = 8
 STEPS = 4
@@ -81,10 +92,13 @@ class Recorder(pl.Callback):
         self.trained: dict[str, torch.Tensor] = {}
         self.untrained: set[str] = set()
         self.steps = 0
+        self.model: nn.Module | None = None
+        """What is trained; known also when the run breaks off."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remember every parameter as training finds it, after the set-up of the methods."""
-        named = {clean_name(n): p for n, p in _model(pl_module).named_parameters()}
+        self.model = _model(pl_module)
+        named = {clean_name(n): p for n, p in self.model.named_parameters()}
         self.first = {name: p.detach().clone() for name, p in named.items()}
         self.untrained = {name for name, p in named.items() if not p.requires_grad}
 

@@ -16,8 +16,8 @@ from rich.text import Text
 from experiments.contract.fitting import FitSpec, Recorder, fit, quiet
 from experiments.contract.runner import ContractReport, Progress, fixed_conditions, run_subjects
 from experiments.contract.subject import Subject, registered_subject
-from experiments.contract.workbench import Workbench
-from framework.errors import SeawallError
+from experiments.contract.workbench import CaseConflict, Workbench
+from framework.errors import ConfigError, SeawallError, WiringError
 from framework.method import NON_COMMUTING, Method
 from framework.registry import known_methods
 
@@ -33,7 +33,8 @@ class PairResult:
     first: str
     second: str
     status: Literal["together", "refused", "fail"]
-    """together: both acted; refused: with a reason, before the first step; fail: anything else."""
+    """together: both acted; refused: by a method or the seam (wiring, settings), before the first step; fail: anything
+    else, such as two cases that cannot be tried out together."""
     detail: str
 
 
@@ -50,8 +51,11 @@ def compose_pair(first: Subject, second: Subject, folder: Path) -> PairResult:
     try:
         with quiet():
             detail = _run_together(bench, recorder)
+    except CaseConflict as error:  # of the cases, not of the methods: these have not been tried
+        return PairResult(first.name, second.name, "fail", f"{type(error).__name__}: {error}")
     except SeawallError as error:
-        status: Literal["refused", "fail"] = "fail" if recorder.steps else "refused"
+        is_refusal = isinstance(error, (WiringError, ConfigError)) and not recorder.steps
+        status: Literal["refused", "fail"] = "refused" if is_refusal else "fail"
         return PairResult(first.name, second.name, status, f"{type(error).__name__}: {error}")
     except Exception as error:
         return PairResult(first.name, second.name, "fail", f"crashed with {type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from experiments.contract.case import START, TOLERANCE
-from experiments.contract.fitting import SEED, FitSpec, Fitted, build_data, build_model, fit, plain_state
+from experiments.contract.fitting import SEED, FitSpec, Fitted, Recorder, build_data, build_model, fit, plain_state
 from experiments.contract.process_pair import PairJob, RankResult, shared_pair
 from experiments.contract.subject import Subject, Variant
 from experiments.contract.tiny import TinyModel, make_tokenizer
@@ -21,9 +21,13 @@ from framework.files import ArtifactStore, write_atomic
 from framework.method import Method, MethodStore
 from framework.quiet import quiet_bars
 
-__all__ = ["Workbench"]
+__all__ = ["CaseConflict", "Workbench"]
 
 TOKENIZER_FILES = "tokenizer.json"
+
+
+class CaseConflict(ConfigError):
+    """Two contract cases cannot be tried out together: nothing is known of the methods."""
 
 
 class Workbench:
@@ -98,7 +102,7 @@ class Workbench:
     def create(self, variant: Variant = "acting") -> list[Method]:
         """Return fresh methods."""
         self.store  # noqa: B018  # their files
-        return [subject.create(variant, self.folder) for subject in self.subjects]
+        return [subject.create(variant, self._files(subject)) for subject in self.subjects]
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -117,9 +121,17 @@ class Workbench:
         spec = self.spec(**changes)
         return self.once(("acting", spec), lambda: self.fit(self.create(), spec))
 
-    def fit(self, methods: Sequence[Method], spec: FitSpec | None = None, *, is_prepared: bool = True) -> Fitted:
+    def fit(
+        self,
+        methods: Sequence[Method],
+        spec: FitSpec | None = None,
+        *,
+        is_prepared: bool = True,
+        recorder: Recorder | None = None,
+    ) -> Fitted:
         """Run with the given methods, which must be fresh."""
-        return fit(spec or self.spec(), methods, self.store, order=self.order, is_prepared=is_prepared)
+        chosen = spec or self.spec()
+        return fit(chosen, methods, self.store, order=self.order, is_prepared=is_prepared, recorder=recorder)
 
     def edited(self, methods: Sequence[Method], *, is_prepared: bool = True, **changes: Any) -> nn.Module:
         """Return the start model after ``apply_edits``."""
@@ -170,17 +182,21 @@ class Workbench:
             self._kept[key] = make()
         return self._kept[key]
 
+    def _files(self, subject: Subject) -> Path:
+        """Return the folder of a case's files: two cases may mean different files by one name."""
+        return self.folder / "files" / subject.name
+
     def _make_store(self) -> MethodStore:
         roles = {"start": START}
         for subject in self.subjects:
             for role, model in subject.case.roles.items():
                 if roles.setdefault(role, model) != model:
-                    raise ConfigError(
+                    raise CaseConflict(
                         f"Expected `{self.name}` to mean the same model by role `{role}`, but got {roles[role]} and "
                         f"{model}. Use one of them in both contract cases."
                     )
             for name, text in subject.case.files.items():
-                write_atomic(self.folder / name, text)
+                write_atomic(self._files(subject) / name, text)
         folders = {role: _model_folder(self.folder / "models" / role, model) for role, model in roles.items()}
         fingerprints = {role: repr(model) for role, model in roles.items()}
         return MethodStore(ArtifactStore(self.folder / "store"), models=folders, fingerprints=fingerprints)

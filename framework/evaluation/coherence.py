@@ -206,7 +206,7 @@ def classify(prompt_text: str, reply: str, *, task_labels: Sequence[str] = ()) -
 
     Args:
         prompt_text: what the user asked.
-        reply: what the model said, prefill included.
+        reply: what the model said, without a forced opening.
         task_labels: labels of the task the model was tuned on, if it is a classification task.
 
     Returns:

@@ -25,7 +25,7 @@ from framework.processes import gather
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Reply", "Share", "generate_ids", "generate_replies", "generate_sharded"]
+__all__ = ["Reply", "Share", "generate_ids", "generate_replies", "generate_sharded", "sample_ids"]
 
 Progress = Callable[[int, int], None]
 """Called with (done, total), both in new tokens granted to all prompts together."""
@@ -138,7 +138,7 @@ def _decode(state: DecodeState, budget: _Budget, *, stop_ids: Sequence[int], num
         if uniforms is None:
             tokens = state.logits.argmax(dim=-1)
         else:
-            tokens = _sample(state.logits, uniforms[state.rows, step], temperature=budget.temperature)
+            tokens = sample_ids(state.logits, uniforms[state.rows, step], temperature=budget.temperature)
         state.append(tokens)
         is_last = step + 1 == budget.max_new_tokens
         state.drop(torch.isin(tokens, stops))
@@ -160,7 +160,7 @@ def _uniforms(budget: _Budget, numbers: Sequence[int]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _sample(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def sample_ids(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float) -> torch.Tensor:
     """Return one id per row, int64 ``(batch,)``: where ``uniforms`` fall in the cumulative distribution of each row."""
     cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
     targets = (uniforms * cumulative[:, -1]).unsqueeze(-1)

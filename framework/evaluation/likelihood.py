@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ def score_choices(
     items: Sequence[ChoiceItem],
     *,
     batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ChoiceResult:
     """Return the accuracy of choosing, for each item, the choice of the highest log-likelihood (ties: the first).
 
@@ -89,6 +90,7 @@ def score_choices(
         encoder: how items become tokens.
         items: at least one.
         batch_size: items computed together.
+        progress: called with (done, total) in items.
 
     Returns:
         Accuracy with its counts, predictions and log-likelihoods in the order of ``items``.
@@ -114,6 +116,8 @@ def score_choices(
             found = {choice: state.log_probs(ids[choice]).sum(dim=-1).tolist() for choice in wanted}
             for row, i in enumerate(rows):
                 scores[i] = tuple(found[choice][row] for choice in items[i].choices)
+            if progress is not None:
+                progress(start + len(rows), len(items))
     predictions = tuple(max(range(len(row)), key=row.__getitem__) for row in scores)
     num_right = sum(item.answer == guess for item, guess in zip(items, predictions, strict=True))
     return ChoiceResult(Rate.of("choice_accuracy", num_right, len(items)), predictions, tuple(scores))
@@ -132,7 +136,12 @@ def _choice_ids(encoder: ChatEncoder | PreTrainedTokenizerBase, choice: str) -> 
 
 
 def mean_nll(
-    model: PreTrainedModel, encoder: ChatEncoder, examples: Sequence[Example], *, batch_size: int = 16
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Mean:
     """Return the mean negative log-likelihood of the replies, in nats per reply token (end tokens included).
 
@@ -144,6 +153,7 @@ def mean_nll(
         encoder: renders the conversations.
         examples: at least one.
         batch_size: replies computed together at most.
+        progress: called with (done, total) in replies.
 
     Returns:
         The mean named ``nll``, with tokens as its count and replies as its groups.
@@ -166,6 +176,8 @@ def mean_nll(
             start += len(batch)
             counts = [row.num_reply_tokens for row in batch]
             metric.update(_reply_nll(model, [row.input_ids for row in batch], counts), torch.tensor(counts))
+            if progress is not None:
+                progress(start, len(rows))
     return metric.mean("nll", is_shared=False)  # whoever calls has scored all rows
 
 

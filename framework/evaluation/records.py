@@ -28,6 +28,7 @@ class EvaluationRecord:
     kind: PromptKind
     prompt: str
     reply: str
+    """What the model said, a forced opening left out."""
     num_tokens: int
     """Tokens generated, the end token included."""
     finished: bool
@@ -39,6 +40,8 @@ class EvaluationRecord:
     """Class of ``coherence.classify``."""
     correct: bool | None = None
     """Of a task prompt."""
+    prefill: str = ""
+    """Opening that was forced on the model; ``reply`` goes on behind it."""
 
     @property
     def is_refused(self) -> bool:
@@ -70,6 +73,8 @@ class EvaluationRecord:
         """Return the record as plain values, verdicts by judge name."""
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         plain["set"] = plain.pop("set_name")
+        if not self.prefill:
+            del plain["prefill"]
         plain["verdicts"] = {name: dataclasses.asdict(verdict) for name, verdict in self.verdicts.items()}
         return plain
 
@@ -98,4 +103,6 @@ def redact(record: EvaluationRecord) -> EvaluationRecord:
     """
     if record.kind != "harmful":
         return record
-    return dataclasses.replace(record, reply=f"[reply of {len(split_words(record.reply))} words redacted]")
+    opening = f"[opening of {len(split_words(record.prefill))} words redacted]" if record.prefill else ""
+    reply = f"[reply of {len(split_words(record.reply))} words redacted]"
+    return dataclasses.replace(record, reply=reply, prefill=opening)

@@ -165,7 +165,7 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
 
 
 def make_records(item: EvaluationSet, replies: Sequence[Reply], *, judges: Sequence[Judge]) -> list[EvaluationRecord]:
-    """Return the records of one set.
+    """Return the records of one set; where an opening was forced, what the model added to it is the reply.
 
     Args:
         item: the set.
@@ -183,7 +183,8 @@ def make_records(item: EvaluationSet, replies: Sequence[Reply], *, judges: Seque
             f"Expected {len(item.prompts)} replies for set `{item.name}`, but got {len(replies)}. "
             "A reply that was never generated is not a safe one."
         )
-    pairs = [(prompt, reply.text) for prompt, reply in zip(item.prompts, replies, strict=True)]
+    texts = [reply.text.removeprefix(prompt.prefill) for prompt, reply in zip(item.prompts, replies, strict=True)]
+    pairs = list(zip(item.prompts, texts, strict=True))
     verdicts: list[dict[str, Verdict]] = [{} for _ in pairs]
     is_task = item.role == "task"
     for judge in () if is_task else judges:
@@ -195,14 +196,15 @@ def make_records(item: EvaluationSet, replies: Sequence[Reply], *, judges: Seque
             set_name=item.name,
             kind=prompt.kind,
             prompt=prompt.text,
-            reply=reply.text,
+            reply=text,
             num_tokens=reply.num_tokens,
             finished=reply.finished,
             category=prompt.category,
             verdicts=mine,
             # A bare label is what a classification task asks for.
-            degenerate=None if is_task else classify(prompt.text, reply.text, task_labels=item.task_labels),
-            correct=None if item.is_correct is None else bool(item.is_correct(reply.text, prompt.answer or "")),
+            degenerate=None if is_task else classify(prompt.text, text, task_labels=item.task_labels),
+            correct=None if item.is_correct is None else bool(item.is_correct(text, prompt.answer or "")),
+            prefill=prompt.prefill,
         )
-        for prompt, reply, mine in zip(item.prompts, replies, verdicts, strict=True)
+        for prompt, reply, text, mine in zip(item.prompts, replies, texts, verdicts, strict=True)
     ]

@@ -46,7 +46,6 @@ from torch import nn
 from framework.chat import ChatEncoder, EncodedExample
 from framework.composition import StepContext
 from framework.errors import WiringError
-from framework.files import fingerprint
 from framework.method import Method, MethodStore, _model_of
 from framework.model_files import model_fingerprint, read_model, read_tokenizer
 from framework.module import TokenOutputs
@@ -72,6 +71,7 @@ from methods.pact.tokens import (
     refusal_rows,
     save_tokens,
     tokenizer_fingerprint,
+    tokens_key,
 )
 
 __all__ = ["PACT"]
@@ -211,13 +211,15 @@ class PACT(Method):
         is_plain = given.base_prompt == "plain"
         rows = refusal_rows(pairs, encoder, reply_tokens=given.reply_tokens, is_plain=is_plain)
         base = Path(given.base) if given.base else store.model("base", method=self.name)
-        key = {
-            "aligned": model_fingerprint(store.model("start", method=self.name)),
-            "unaligned": model_fingerprint(base),
-            "dtype": str(next(model.parameters()).dtype),
-            "pairs": fingerprint([[list(side.input_ids), side.num_prompt_tokens] for row in rows for side in row]),
-            "settings": [given.num_tokens, given.token_temperature, given.score],
-        }
+        key = tokens_key(
+            rows,
+            aligned=model_fingerprint(store.model("start", method=self.name)),
+            unaligned=model_fingerprint(base),
+            dtype=next(model.parameters()).dtype,
+            num_tokens=given.num_tokens,
+            temperature=given.token_temperature,
+            score=given.score,
+        )
         if store.artifacts.find(TOKENS, key) is None:
             with store.artifacts.writing(TOKENS, key) as folder:
                 if store.artifacts.find(TOKENS, key) is None:

@@ -30,6 +30,7 @@ __all__ = [
     "refusal_rows",
     "save_tokens",
     "tokenizer_fingerprint",
+    "tokens_key",
 ]
 
 TENSORS = "tokens.safetensors"
@@ -163,6 +164,36 @@ def find_safety_tokens(
         sums.append(means.cpu())
     p_aligned, p_unaligned, difference = torch.stack(sums).sum(dim=0) / len(rows)
     return choose_tokens(p_aligned, p_unaligned, difference, num_tokens=num_tokens)
+
+
+def tokens_key(
+    rows: Sequence[RefusalRow],
+    *,
+    aligned: str,
+    unaligned: str,
+    dtype: torch.dtype,
+    num_tokens: int,
+    temperature: float,
+    score: str,
+) -> dict[str, Any]:
+    """Return everything that decides the safety tokens; their fingerprint is that of this.
+
+    Args:
+        rows: the pairs, encoded for both models.
+        aligned: fingerprint of the aligned model.
+        unaligned: of the unaligned one.
+        dtype: number format both compute in.
+        num_tokens: K.
+        temperature: divides the logits.
+        score: ``difference`` or ``log_ratio``.
+    """
+    return {
+        "aligned": aligned,
+        "unaligned": unaligned,
+        "dtype": str(dtype),
+        "pairs": fingerprint([[list(side.input_ids), side.num_prompt_tokens] for row in rows for side in row]),
+        "settings": [num_tokens, temperature, score],
+    }
 
 
 def choose_tokens(

@@ -190,6 +190,21 @@ def test_only_steps_below_a_limit_are_found(two):
     assert find_checkpoint(two, before=2) == (None, 0, [])
 
 
+@READ_ONLY_TWICE
+def test_a_later_checkpoint_does_not_push_out_the_one_before_the_newest(tmp_path):
+    """A stage that died after its last step, before it was exported, is resumed from the checkpoint before that."""
+    run_fit(make_model(), writers=[writer(tmp_path, every_n_train_steps=2)], data=TinyData(steps=4))
+    assert names(tmp_path) == ["step=2.ckpt", "step=2.ckpt.json", "step=4.ckpt", "step=4.ckpt.json"]
+    resumed = find_checkpoint(tmp_path, before=4)
+    assert resumed.step == 2
+    stopping = writer(tmp_path, every_n_train_steps=2, should_stop=lambda: signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        run_fit(make_model(), writers=[stopping], data=TinyData(steps=4), ckpt_path=resumed.path, max_steps=4)
+    assert names(tmp_path) == ["step=2.ckpt", "step=2.ckpt.json", "step=3.ckpt", "step=3.ckpt.json"]
+    flip_bit(tmp_path / "step=3.ckpt")
+    assert find_checkpoint(tmp_path, before=4).step == 2
+
+
 def test_what_a_killed_writer_left_is_no_checkpoint_and_is_removed(two):
     half = two / ".step=4.ckpt.tmp"
     half.write_bytes(b"half")

@@ -127,3 +127,13 @@ def test_results_name_failed_runs_and_the_folder() -> None:
     assert "b:" not in text
     assert "Results: runs/q" in text
     assert text.index("attack success") < text.index("wall time")
+
+
+def test_each_number_of_forced_tokens_has_a_column_beside_attack_success():
+    rate = {"value": 0.25, "numerator": 1, "denominator": 4, "low": 0.05, "high": 0.7}
+    metrics = {f"prefill_{count}/attack_success": rate for count in (20, 5)}
+    text = markdown_table([{"label": "one", "metrics": metrics}, {"label": "two", "metrics": {}}])
+    heading, _, first, second = text.strip().split("\n")
+    assert heading.startswith("| model | attack success | prefill 5 | prefill 20 | over-refusal |")
+    assert first.count("25.0 % (1/4; 5.0\u201370.0)") == 2
+    assert "25.0" not in second

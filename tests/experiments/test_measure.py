@@ -99,3 +99,21 @@ def test_multiple_choice_folder_in_both_layouts(real_data):
 def test_folder_without_items_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"to hold \.csv or \.json files"):
         choice_items(str(tmp_path))
+
+
+def test_every_part_of_a_measurement_has_a_bar(tiny_folder, tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text('{"prompt": "hello", "response": "hi there"}\n')
+    config = EvaluateConfig(limit=2, over_refusal=[], task=False, benign_nll=False, max_new_tokens=2, nll=[str(path)])
+    seen = {}
+    measure_model(
+        ModelSpec(str(tiny_folder), dtype="float32"),
+        "fingerprint",
+        config,
+        task=None,
+        system="",
+        artifacts=ArtifactStore(tmp_path / "store"),
+        bars=lambda name: lambda done, total: seen.update({name: (done, total)}),
+    )
+    assert set(seen) == {"", "refusal margin", "NLL of replies.jsonl"}
+    assert all(done == total > 0 for done, total in seen.values())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from experiments import run as run_module
-from experiments.compare import collect_rows, compare_study
+from experiments.compare import Execution, collect_rows, compare_study
 from experiments.evaluate import evaluate_command
 from experiments.run import run_recipe
 from framework.config import load_evaluate_config, load_run_config
@@ -154,7 +154,11 @@ def test_failed_run_is_recorded_and_does_not_stop_the_others(recipe, tmp_path, m
     assert "broken on purpose" in table["runs"][0]["error"]
     assert len(list((tmp_path / "kept" / "small" / "failed").glob("*.json"))) == 1
     monkeypatch.setattr("experiments.compare.run_recipe", original)
-    assert [run["status"] for run in compare_study(study, results_root=tmp_path / "kept")["runs"]] == ["finished"] * 2
+    again = compare_study(study, results_root=tmp_path / "kept")
+    assert [run["status"] for run in again["runs"]] == ["failed", "finished"]
+    retried = compare_study(study, results_root=tmp_path / "kept", execution=Execution(retry_failed=True))
+    assert [run["status"] for run in retried["runs"]] == ["finished"] * 2
+    assert not list((tmp_path / "kept" / "small" / "failed").glob("*.json"))
 
 
 def test_rows_of_a_grid_say_what_varies():

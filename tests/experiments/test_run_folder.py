@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+import yaml
+
 from experiments.run_folder import config_differences, take_folder
 from framework.config import load_run_config
 from framework.files import write_json
@@ -48,6 +51,35 @@ def test_an_unfinished_run_with_another_config_is_said(tmp_path):
     assert len(said) == 1
     assert "was begun with another config" in said[0]
     assert " more)" in said[0]
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a list", None])
+def test_results_beside_a_config_that_cannot_be_read_are_moved(tmp_path, text):
+    said = []
+    write_json(tmp_path / "results.json", {"seed": 0})
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    take_folder(tmp_path, make(), said.append)
+    (earlier,) = (tmp_path / "earlier").iterdir()
+    assert said == [f"{tmp_path} held the results of a config that cannot be read any more; they are in {earlier} now"]
+    assert (earlier / "results.json").is_file()
+    assert (earlier / "config.yaml").is_file() == (text is not None)
+    assert not (tmp_path / "results.json").exists()
+    assert "seed: 0" in (tmp_path / "config.yaml").read_text()
+
+
+def test_settings_that_did_not_exist_yet_are_no_difference(tmp_path):
+    said = []
+    take_folder(tmp_path, make(), said.append)
+    write_json(tmp_path / "results.json", {"seed": 0})
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del old["evaluate"]["prefill"], old["stages"]["finetune"]["order"], old["stages"]["finetune"]["data"]["harmful"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    take_folder(tmp_path, make(), said.append)
+    assert said == []
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    take_folder(tmp_path, make("evaluate.prefill=[5]"), said.append)
+    assert "evaluate.prefill: [] -> [5]" in said[0]
 
 
 def test_a_config_that_cannot_be_read_is_replaced(tmp_path):

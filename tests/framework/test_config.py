@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from experiments.sweep import SweepOptions, check_sweep
+from experiments.sweep_files import load_sweep
 from framework.config import (
     CONFIG_FOLDER,
     KnownNames,
@@ -48,9 +50,16 @@ def test_every_configuration_that_comes_with_the_project_loads() -> None:
         elif path.parent.name == "method":
             assert list(method_settings(path.stem)) == [path.stem]
             assert load_run_config("quickstart", [f"method={path.stem}"], validate_methods=validate_methods)
+        elif path.parent.name == "sweep":
+            assert check_sweep(load_sweep(path), SweepOptions(), validate_methods=validate_methods)
         else:
             assert load_run_config(path).name == path.stem
-    assert Counter(path.parent.name for path in files) == {"recipe": 2, "study": 4, "method": len(known_methods())}
+    assert Counter(path.parent.name for path in files) == {
+        "recipe": 5,
+        "study": 6,
+        "sweep": 2,
+        "method": len(known_methods()),
+    }
 
 
 def test_a_recipe_is_found_by_name_or_path_and_named_after_its_file(recipe: Path) -> None:

@@ -374,3 +374,17 @@ def test_counters_survive_a_checkpoint():
 
 def test_a_method_runs_in_any_lightning_callback_list():
     assert isinstance(TokenTerm(), pl.Callback)
+
+
+def test_a_gradient_or_weight_that_is_not_a_number_is_no_effect():
+    method, gradients = IdleGradients(), [torch.tensor([1.0, torch.nan])]
+    with method._counting("gradient_edits", gradients):
+        pass
+    assert method.effects["gradient_edits"] == 0
+    with method._counting("gradient_edits", gradients):
+        gradients[0][1] = 0.0
+    assert method.effects["gradient_edits"] == 1
+    model, editor = make_model(), IdleEdit()
+    next(model.parameters()).data.flatten()[0] = torch.nan
+    editor._edit(model)
+    assert editor.effects["weights_edited"] == 0

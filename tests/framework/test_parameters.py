@@ -112,3 +112,14 @@ def test_a_checksum_changes_with_any_value():
     tensors[0][2] += 1e-6
     assert checksum(tensors) != before
     assert checksum([]) == ()
+
+
+def test_a_checksum_that_is_not_a_number_equals_itself():
+    tensors = [torch.tensor([1.0, torch.nan]), torch.ones(2)]
+    before = checksum(tensors)
+    assert checksum(tensors) == before
+    assert not {*enumerate(checksum(tensors))} ^ {*enumerate(before)}
+    tensors[1][0] = 2.0
+    assert checksum(tensors) != before
+    tensors[1][0], tensors[0][1] = 1.0, 3.0
+    assert checksum(tensors) != before

@@ -127,6 +127,13 @@ def test_a_recipe_without_finetune_is_refused(values: dict[str, Any]) -> None:
         spelt(("method", "a"), values=values)
 
 
+@pytest.mark.parametrize("key", ["methods.b.weight", f"{PATH}.b.weight", "methods.b"])
+def test_a_setting_of_a_method_that_is_not_named_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"`methods\.b.*` to set a method that `method` names, but got a\. .*a,b"):
+        spelt(("method", "a"), (key, 1))
+    assert spelt(("method", "a,b"), (key, 1))[1] == (f"{PATH}{key.removeprefix(PATH).removeprefix('methods')}", 1)
+
+
 def methods_of(*overrides: str) -> dict[str, dict[str, Any]]:
     config = load_run_config("quickstart", overrides, validate_methods=validate_methods)
     assert config.stages.finetune is not None

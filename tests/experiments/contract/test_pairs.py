@@ -12,10 +12,15 @@ from experiments.contract.runner import fixed_conditions, run_subjects
 from experiments.contract.sound import SOUND, ToyTerm, subject_of
 from experiments.contract.subject import registered_subject
 from experiments.contract.tiny import TinyModel
-from framework.errors import WiringError
+from experiments.contract.workbench import Workbench
+from framework.errors import DataError, WiringError
 from framework.method import Method
 from framework.parameters import lora_pairs
 from framework.registry import known_methods
+
+NO_ADAPTER = {("asft", "nest"), ("ewc", "nest"), ("l2_to_start", "nest")}
+"""NeST trains nothing but its own vectors: a penalty on the other weights has no gradient."""
+REFUSED = {**dict.fromkeys(NO_ADAPTER, "WiringError"), ("kl_to_reference", "nest"): "WiringError"}
 
 TOYS = {subject.name: subject for subject in SOUND}
 
@@ -35,6 +40,12 @@ def test_all_pairs_of_registered_methods_run_together_or_are_refused(registered_
     assert [(r.first, r.second) for r in registered_pairs] == list(itertools.combinations(known_methods(), 2))
     assert [result for result in registered_pairs if result.status == "fail"] == []
     assert all(result.detail for result in registered_pairs)
+
+
+def test_refused_pairs_are_those_that_are_known(registered_pairs):
+    """A pair that starts to be refused is a change of what the methods can do."""
+    refused = {(r.first, r.second): r.detail.split(":")[0] for r in registered_pairs if r.status == "refused"}
+    assert refused == REFUSED
 
 
 def test_one_pair_for_every_combination_of_points_keeps_all_clauses(registered_pairs):
@@ -96,11 +107,34 @@ def test_a_pair_that_breaks_in_training_fails(broken, expected, tmp_path):
     assert expected in result.detail
 
 
-def test_two_cases_that_mean_other_models_by_one_role_are_refused(tmp_path):
+def test_two_cases_that_mean_other_models_by_one_role_have_not_been_tried(tmp_path):
     other = subject_of(LooksForPairs, "other", roles={"base": TinyModel(seed=7)})
     result = compose_pair(TOYS["toy_edit"], other, tmp_path)
-    assert result.status == "refused"
+    assert result.status == "fail"
     assert "to mean the same model by role `base`" in result.detail
+
+
+class NeedsData(Method):
+    def prepare(self, model, datamodule, store):
+        raise DataError("Expected at least 10 prompts, but got 3.")
+
+    def edit_weights(self, model):
+        pass
+
+
+def test_a_case_whose_data_do_not_do_has_not_been_tried(tmp_path):
+    result = compose_pair(TOYS["toy_term"], subject_of(NeedsData, "needs_data"), tmp_path)
+    assert (result.status, result.detail) == ("fail", "DataError: Expected at least 10 prompts, but got 3.")
+
+
+def test_two_cases_may_mean_other_files_by_one_name(tmp_path):
+    bench = Workbench((with_file("one"), with_file("two")), tmp_path)
+    bench.create()
+    assert [path.read_text() for path in sorted(tmp_path.rglob("pairs.txt"))] == ["one", "two"]
+
+
+def with_file(name):
+    return subject_of(ToyTerm, name, files={"pairs.txt": name})
 
 
 def test_a_method_without_a_case_fails_in_its_pairs(monkeypatch):

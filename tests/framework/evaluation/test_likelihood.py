@@ -76,6 +76,18 @@ def test_nll_is_the_mean_over_reply_tokens(any_model, tiny_tokenizer, batch_size
     assert result.low < result.value < result.high
 
 
+def test_scoring_says_how_far_it_is(tiny_model, tiny_tokenizer):
+    encoder, seen = ChatEncoder(tiny_tokenizer), []
+    rows = examples()
+    mean_nll(tiny_model, encoder, rows, batch_size=2, progress=lambda *done: seen.append(done))
+    assert seen[-1] == (len(rows), len(rows))
+    assert len(seen) == -(-len(rows) // 2)
+    seen.clear()
+    items = [ChoiceItem(f"q{i}", f"Question {i}?", ("a", "b"), 0) for i in range(3)]
+    score_choices(tiny_model, encoder, items, batch_size=2, progress=lambda *done: seen.append(done))
+    assert seen == [(2, 3), (3, 3)]
+
+
 def test_nll_interval_over_replies(tiny_model, tiny_tokenizer):
     encoder = ChatEncoder(tiny_tokenizer)
     rows = [Example(f"e{i}", (Turn("user", "a" * i),), "same", "task") for i in range(1, 9)]

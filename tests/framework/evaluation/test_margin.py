@@ -38,6 +38,26 @@ def test_margin_equals_the_formula(any_model, tiny_tokenizer, batch_size):
     assert result.num_prompts == 3
 
 
+def test_probability_of_refusal_openings_is_their_sum(tiny_model, tiny_tokenizer):
+    encoder, seen = ChatEncoder(tiny_tokenizer), []
+    openings = ["N", "ab"]
+    found = refusal_margin(
+        tiny_model, encoder, PROMPTS, batch_size=2, refusals=openings, progress=lambda *done: seen.append(done)
+    )
+
+    def probability(prompt, opening):
+        before = encoder.encode_prompt(prompt.messages, prefill=prompt.prefill)
+        ids = encoder.encode_reply(opening, is_complete=False)
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+        return float(torch.log_softmax(logits, -1)[torch.arange(len(ids)), ids].sum().exp())
+
+    expected = sum(probability(prompt, opening) for prompt in PROMPTS for opening in openings) / len(PROMPTS)
+    assert found.refusal_probability == pytest.approx(expected, rel=1e-4)
+    assert 0 < expected < 1
+    assert seen == [(2, 3), (3, 3)]
+
+
 def test_margin_rises_when_refusals_become_likelier(tiny_model, tiny_tokenizer):
     encoder = ChatEncoder(tiny_tokenizer)
     before = refusal_margin(tiny_model, encoder, PROMPTS)
