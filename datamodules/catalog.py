@@ -28,6 +28,8 @@ __all__ = [
 
 EMBEDDED = "embedded"
 """The name of the sets that come with the project."""
+JAILBREAK = "embedded_jailbreak"
+"""The embedded harmful requests, each in every jailbreak template of its split (train for all but ``test``)."""
 
 CatalogKind = Literal["safety", "benign", "harmful"]
 EvaluationKind = Literal["safety", "over_refusal"]
@@ -76,7 +78,8 @@ def known_pair_sets(kind: CatalogKind) -> list[str]:
 
 def known_prompt_sets(kind: EvaluationKind) -> list[str]:
     """Return the names that ``evaluation_prompts`` takes for ``kind``."""
-    return [EMBEDDED, *sorted(name for name, known in _PROMPT_FILES.items() if known.kind == kind)]
+    wrapped = [JAILBREAK] if kind == "safety" else []
+    return [EMBEDDED, *wrapped, *sorted(name for name, known in _PROMPT_FILES.items() if known.kind == kind)]
 
 
 def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -> list[Example]:
@@ -173,7 +176,8 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
     """Return the prompts of an evaluation set.
 
     Args:
-        name_or_path: ``embedded``, a name in ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file.
+        name_or_path: ``embedded``, ``embedded_jailbreak`` (harmful requests in templates), a name in
+            ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file.
         kind: ``safety`` (harmful requests) or ``over_refusal`` (harmless ones that look harmful).
         split: part of the embedded set; files are taken whole.
 
@@ -185,6 +189,9 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
     if name_or_path == EMBEDDED:
         load = embedded_sets.load_harmful if kind == "safety" else embedded_sets.load_look_alikes
         prompts = list(load(split))
+    elif name_or_path == JAILBREAK and kind == "safety":
+        templates = embedded_sets.load_templates("test" if split == "test" else "train")
+        prompts = [template.apply(prompt) for prompt in embedded_sets.load_harmful(split) for template in templates]
     elif name_or_path in _PROMPT_FILES:
         known = _PROMPT_FILES[name_or_path]
         if known.kind != kind:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.catalog import CatalogKind, find_examples
+from datamodules.mining.source import MiningSource
 from datamodules.sampler import MicroBatch, StepBatchSampler
 from datamodules.sources import DataSource, mix
 from framework.batch import Batch, collate
@@ -87,7 +88,7 @@ def _keep(batch: Any) -> Any:
     return batch
 
 
-class FineTuneDataModule(pl.LightningDataModule):
+class FineTuneDataModule(MiningSource, pl.LightningDataModule):
     """Mixes named sources and serves them so that the whole run is one epoch of exactly composed steps."""
 
     def __init__(
@@ -329,7 +330,8 @@ class FineTuneDataModule(pl.LightningDataModule):
         start = self.start_step
         if start is None:
             start = 0 if self.trainer is None else self.trainer.global_step
-        loader = self._loader(self._build().encoded, self._sampler(start_step=start))
+        self._live = self._sampler(start_step=start)
+        loader = self._loader(self._build().encoded, self._live)
         self._is_served = True
         return loader
 

@@ -158,8 +158,8 @@ class StepBatchSampler(Sampler[list[int]]):
             lengths, batch_size=batch_size, total_steps=total_steps, seed=seed, bucket=bucket, shuffle=shuffle
         )
         """Row numbers, int64 ``(steps, batch)``."""
-        replies = np.asarray(lengths if reply_lengths is None else reply_lengths)
-        self._step_reply_tokens = replies[self.steps].sum(axis=1)
+        self._replies = np.asarray(lengths if reply_lengths is None else reply_lengths)
+        self._step_reply_tokens = self._replies[self.steps].sum(axis=1)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -175,6 +175,30 @@ class StepBatchSampler(Sampler[list[int]]):
         size = self.micro_batch_size
         shares = [self.steps[step, rank :: self.world_size].tolist() for rank in range(self.world_size)]
         return [[share[i : i + size] for i in range(0, len(share), size)] for share in shares]
+
+    def replace_steps(self, start_step: int, rows: npt.NDArray[np.int64]) -> None:
+        """Let the steps from ``start_step`` on take other rows; steps already yielded stay what they were.
+
+        Args:
+            start_step: first step that changes.
+            rows: row numbers for all steps from there on, int64 ``(steps x batch,)``, kept in this order.
+
+        Raises:
+            ConfigError: too few or too many rows, or a number that is no row's.
+        """
+        batch_size = self.steps.shape[1]
+        wanted = (self.total_steps - start_step) * batch_size
+        if not 0 <= start_step <= self.total_steps or len(rows) != wanted:
+            raise ConfigError(
+                f"Expected {max(0, wanted)} rows for the steps from {start_step} to {self.total_steps}, but got "
+                f"{len(rows)}."
+            )
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._replies):
+            raise ConfigError(
+                f"Expected row numbers from 0 to {len(self._replies) - 1}, but got {rows.min()} to {rows.max()}."
+            )
+        self.steps[start_step:] = rows.reshape(-1, batch_size)
+        self._step_reply_tokens = self._replies[self.steps].sum(axis=1)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's micro-batches from ``start_step`` on, each a ``MicroBatch``."""

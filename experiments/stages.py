@@ -96,10 +96,16 @@ class StageChain:
         folder = on_main(lambda: find_model(self.spec, progress=lambda _, share: bar(round(100 * share), 100)).folder)
         self.start = ModelState("start", folder, on_main(lambda: model_fingerprint(folder)))
 
-    def run(self) -> list[ModelState]:
-        """Return the model at every point, ``start`` first."""
+    def run(self, *, before: str | None = None) -> list[ModelState]:
+        """Return the model at every point, ``start`` first.
+
+        Args:
+            before: name of the stage to stop short of; None runs them all.
+        """
         states = [self.start]
         for name, stage in self.config.active_stages():
+            if name == before:
+                break
             states.append(self._run_stage(name, stage, states))
         return states
 
@@ -120,6 +126,8 @@ class StageChain:
                 "that edits weights."
             )
         datamodule = self._datamodule(stage, settings, before)
+        if datamodule is not None:
+            datamodule.mining_progress = self.watch.progress("mine", None)
         base = self._base(states)
         key = self._key(name, stage, settings, before, base, datamodule)
         _check_same(name, key)
@@ -160,10 +168,11 @@ class StageChain:
         encoder = self.encoder(before)
         prompts = evaluation_prompts("embedded", kind="safety", split="validation")[::PROBE_STRIDE]
 
-        def margin(model: Any) -> float:
-            return refusal_margin(model, encoder, prompts, batch_size=len(prompts)).mean
+        def look(model: Any) -> dict[str, float]:
+            found = refusal_margin(model, encoder, prompts, batch_size=len(prompts))
+            return {"refusal_margin": found.mean, "refusal_probability": found.refusal_probability}
 
-        return [RefusalMarginProbe(margin, every=every)]
+        return [RefusalMarginProbe(look, every=every)]
 
     def _base(self, states: list[ModelState]) -> ModelState:
         """Return the model that entered ``align``; without that stage, the start model."""

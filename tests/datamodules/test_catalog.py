@@ -107,6 +107,18 @@ def test_a_set_without_prompts_is_refused(monkeypatch):
         evaluation_prompts("embedded", kind="safety")
 
 
+@pytest.mark.parametrize(("split", "count"), [("test", 80 * 4), ("validation", 40 * 8)])
+def test_embedded_requests_come_in_templates_of_their_split(split, count):
+    prompts = evaluation_prompts("embedded_jailbreak", kind="safety", split=split)
+    assert len(prompts) == len({prompt.id for prompt in prompts}) == count
+    templates = "test" if split == "test" else "train"
+    assert all(p.id.startswith(f"harmful-{split}-") and f"+template-{templates}-" in p.id for p in prompts)
+    assert "embedded_jailbreak" in known_prompt_sets("safety")
+    assert "embedded_jailbreak" not in known_prompt_sets("over_refusal")
+    with pytest.raises(ConfigError, match="embedded_jailbreak"):
+        evaluation_prompts("embedded_jailbreak", kind="over_refusal")
+
+
 REAL_PROMPTS = {
     "safety": {
         "advbench": 520,
@@ -124,7 +136,7 @@ REAL_PROMPTS = {
 @pytest.mark.parametrize("kind", ["safety", "over_refusal"])
 def test_real_evaluation_sets(real_data, monkeypatch, kind):
     monkeypatch.setenv("SEAWALL_DATA", str(real_data))
-    names = [name for name in known_prompt_sets(kind) if name != "embedded"]
+    names = [name for name in known_prompt_sets(kind) if not name.startswith("embedded")]
     assert {name: len(evaluation_prompts(name, kind=kind)) for name in names} == REAL_PROMPTS[kind]
 
 

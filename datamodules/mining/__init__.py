@@ -1,0 +1,28 @@
+"""Mining a model for prompts it sometimes fails, with its own safe replies."""
+
+from __future__ import annotations
+
+from datamodules.mining.hardness import Hardness, Replay, StopRule, replay, settled_count
+from datamodules.mining.mine import Miner, mine_sets
+from datamodules.mining.mined_file import read_mined, write_mined
+from datamodules.mining.selection import MinedPrompt, MinedSets, select_prompts
+from datamodules.mining.settings import MiningSettings
+from datamodules.mining.store import RolloutStore, StoredRollout
+
+__all__ = [
+    "Hardness",
+    "MinedPrompt",
+    "MinedSets",
+    "Miner",
+    "MiningSettings",
+    "Replay",
+    "RolloutStore",
+    "StopRule",
+    "StoredRollout",
+    "mine_sets",
+    "read_mined",
+    "replay",
+    "select_prompts",
+    "settled_count",
+    "write_mined",
+]

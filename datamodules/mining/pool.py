@@ -1,0 +1,149 @@
+"""The prompts that are mined: requests of several sets in equal parts, bare or in jailbreak templates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from datamodules.catalog import evaluation_prompts, find_examples, known_prompt_sets
+from datamodules.embedded_sets import JailbreakTemplate, load_benign, load_harmful, load_look_alikes, load_templates
+from framework.errors import ConfigError
+from framework.examples import Prompt, PromptKind
+
+__all__ = ["benign_pool", "deal_prompts", "harmful_pool", "probe_prompts"]
+
+TRAIN = "train"
+"""Templates used for training; those of the other split are held out."""
+
+
+def harmful_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) -> list[Prompt]:
+    """Return ``count`` harmful prompts, each set giving as many.
+
+    Args:
+        names: ``embedded`` (the align split), ``embedded_poison``, known sets of harmful prompts, or files.
+        count: prompts in all; a request may come in several templates.
+        wrapped: share of them in a template.
+        seed: decides which.
+
+    Raises:
+        ConfigError: unknown name, or the sets give fewer prompts.
+        DataError: a file cannot be read.
+    """
+    sets = [_harmful_set(name) for name in names]
+    return deal_prompts(sets, load_templates(TRAIN), count=count, wrapped=wrapped, seed=seed, name="prompts")
+
+
+def benign_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) -> list[Prompt]:
+    """Return ``count`` harmless prompts, each set giving as many; arguments and errors as ``harmful_pool``.
+
+    Args:
+        names: ``embedded`` (ordinary instructions), ``embedded_look_alikes``, known sets, or files.
+        count: prompts in all.
+        wrapped: share of them in a template.
+        seed: decides which.
+    """
+    sets = [_benign_set(name, seed=seed) for name in names]
+    return deal_prompts(sets, load_templates(TRAIN), count=count, wrapped=wrapped, seed=seed, name="benign_prompts")
+
+
+def probe_prompts(count: int, *, kind: PromptKind) -> list[Prompt]:
+    """Return prompts of the validation splits, in turn bare and in a training template: what a controller looks at.
+
+    Args:
+        count: at most so many of them.
+        kind: harmful requests, or harmless look-alikes for ``benign``.
+    """
+    prompts = load_harmful("validation") if kind == "harmful" else load_look_alikes("validation")
+    order = list(prompts)
+    random.Random(f"probe {kind}").shuffle(order)
+    templates = load_templates(TRAIN)
+    mixed = [templates[i // 2 % len(templates)].apply(p) if i % 2 else p for i, p in enumerate(order)]
+    return mixed[:count]
+
+
+def deal_prompts(
+    sets: Sequence[Sequence[Prompt]],
+    templates: Sequence[JailbreakTemplate],
+    *,
+    count: int,
+    wrapped: float,
+    seed: int,
+    name: str,
+) -> list[Prompt]:
+    """Return ``count`` prompts, every set giving as many; what one set lacks the others make up for.
+
+    A request comes in a second template only when every request of its set has come in a first one.
+
+    Args:
+        sets: prompts of each set.
+        templates: what requests are wrapped in.
+        count: prompts in all.
+        wrapped: share of the prompts of a set that stand in a template.
+        seed: decides order and templates.
+        name: of the setting, for the error.
+
+    Raises:
+        ConfigError: there are fewer prompts than asked for.
+    """
+    variants = [_variants(own, templates, wrapped=wrapped, seed=seed) for own in sets]
+    found: dict[tuple[str, str], Prompt] = {}  # one request may stand in two sets
+    turn = 0
+    while len(found) < count and any(turn < len(own) for own in variants):
+        found |= {(own[turn].id, own[turn].text): own[turn] for own in variants if turn < len(own)}
+        turn += 1
+    unique = list(found.values())[:count]
+    if len(unique) < count:
+        raise ConfigError(
+            f"Expected `{name}` to be at most {len(unique)}, which is how many these sets give in {len(templates)} "
+            f"templates, but got {count}. Name more sets, or lower it."
+        )
+    ids = [prompt.id for prompt in unique]
+    double = next((i for i in ids if ids.count(i) > 1), None)
+    if double is not None:
+        raise ConfigError(f"Expected the prompts of all sets to have ids of their own, but got {double!r} twice.")
+    return unique
+
+
+def _variants(
+    prompts: Sequence[Prompt], templates: Sequence[JailbreakTemplate], *, wrapped: float, seed: int
+) -> list[Prompt]:
+    """Return a set's prompts in the order they are dealt, bare ones and wrapped ones in even mixture."""
+    order = list(prompts)
+    random.Random(f"pool {seed}").shuffle(order)
+    shift = random.Random(f"templates {seed}").randrange(len(templates))
+    in_templates = [
+        templates[(shift + turn + i) % len(templates)].apply(prompt)
+        for turn in range(len(templates))
+        for i, prompt in enumerate(order)
+    ]
+    # The bare ones begin where the wrapped ones end, so that a request does not come twice at once.
+    half = len(order) // 2
+    bare = order[half:] + order[:half]
+    found: list[Prompt] = []
+    taken = {True: 0, False: 0}
+    while True:
+        place = len(found)
+        is_wrapped = int((place + 1) * wrapped) > int(place * wrapped)
+        own = in_templates if is_wrapped else bare
+        if taken[is_wrapped] == len(own):
+            return found
+        found.append(own[taken[is_wrapped]])
+        taken[is_wrapped] += 1
+
+
+def _harmful_set(name: str) -> list[Prompt]:
+    splits = {"embedded": "align", "embedded_poison": "poison"}
+    if name in splits:
+        return list(load_harmful(splits[name]))
+    return evaluation_prompts(name, kind="safety")
+
+
+def _benign_set(name: str, *, seed: int) -> list[Prompt]:
+    if name == "embedded":
+        return list(load_benign("align"))
+    if name == "embedded_look_alikes":
+        return list(load_look_alikes("align"))
+    if name in known_prompt_sets("over_refusal"):
+        return evaluation_prompts(name, kind="over_refusal")
+    rows = find_examples("benign", name, seed=seed)
+    return [Prompt(row.id, row.prompt, "benign", row.category) for row in rows]

@@ -1,0 +1,83 @@
+"""What a data module offers a method that mines: mined rows, prompts to watch, and another order while training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datamodules.mining.mine import MiningProgress, Target, mine_sets
+from datamodules.mining.mined_file import read_mined
+from datamodules.mining.pool import probe_prompts
+from datamodules.mining.selection import MinedSets
+from datamodules.mining.settings import MiningSettings
+from datamodules.sampler import StepBatchSampler
+from framework.chat import ChatEncoder
+from framework.errors import WiringError
+from framework.examples import Prompt, PromptKind
+from framework.files import ArtifactStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["MiningSource"]
+
+
+class MiningSource:
+    """Part of a data module."""
+
+    encoder: ChatEncoder
+    num_workers: int
+    mining_progress: MiningProgress | None = None
+    """Called with (done, total) in rollouts while prompts are mined."""
+    _live: StepBatchSampler | None = None
+    """The sampler of the loader in use."""
+
+    def mined(
+        self, model: PreTrainedModel, config: Any, *, model_key: str, artifacts: ArtifactStore, target: Target
+    ) -> MinedSets:
+        """Return mined prompts: from the file ``config.mined``, or by mining ``model`` where it is null.
+
+        Args:
+            model: the model about to be trained.
+            config: holds the fields of ``MiningSettings``, ``mined`` and ``ratio``.
+            model_key: fingerprint of the model's weights.
+            artifacts: where rollouts and verdicts are kept.
+            target: which rollouts may be learnt.
+
+        Raises:
+            DataError: the file or the store is another model's, or damaged.
+        """
+        if config.mined is not None:
+            return read_mined(config.mined, model_key=model_key)
+        return mine_sets(
+            model,
+            self.encoder,
+            MiningSettings.of(config),
+            model_key=model_key,
+            artifacts=artifacts,
+            target=target,
+            has_benign=config.needs_benign,
+            progress=self.mining_progress,
+        )
+
+    def probe_prompts(self, count: int, *, kind: PromptKind) -> list[Prompt]:
+        """Return at most ``count`` prompts to watch a model by, never trained on."""
+        return probe_prompts(count, kind=kind)
+
+    def reorder(self, start_step: int, rows: Sequence[int]) -> None:
+        """Let the steps from ``start_step`` on take ``rows`` of the mixed rows, in this order.
+
+        Every process must give the same rows.
+
+        Raises:
+            WiringError: no training loader is in use, or worker processes have fetched steps ahead.
+        """
+        if self._live is None or self.num_workers:
+            got = "no loader" if self._live is None else f"{self.num_workers} workers, which fetch steps ahead"
+            raise WiringError(
+                f"Expected a training loader without workers to change the order of its rows, but got {got}. Call it "
+                "while training, with `num_workers=0`."
+            )
+        self._live.replace_steps(start_step, np.asarray(rows, dtype=np.int64))

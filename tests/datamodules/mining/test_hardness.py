@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from datamodules.mining.hardness import StopRule, count_outcomes, replay, settled_count
+from framework.errors import DataError
+
+RULE = StopRule(16, 0.25)
+
+
+def outcomes(text):
+    return [{"h": "harmful", "s": "safe", "-": "split"}[letter] for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "eligible"),
+    [
+        ("ssss", "never", False),
+        ("s---", "never", False),
+        ("hhhh", "always", False),
+        ("h---", "always", False),
+        ("hsss", "hard", True),
+        ("hssss", "easy", True),
+        ("hs--", "hard", True),
+    ],
+)
+def test_the_class_follows_from_the_counts(text, kind, eligible):
+    found = count_outcomes(outcomes(text))
+    assert found.prompt_class(0.25) == kind
+    assert found.is_eligible == eligible
+    assert found.rate == text.count("h") / len(text)
+    low, high = found.interval
+    assert low <= found.rate <= high
+
+
+def test_no_rollouts_have_no_rate():
+    with pytest.raises(DataError, match=r"Expected at least one rollout of a prompt, but got none"):
+        count_outcomes([])
+
+
+def test_a_fixed_number_takes_all():
+    rule = RULE._replace(is_adaptive=False)
+    assert settled_count(outcomes("s" * 16), rule) == 16
+    assert settled_count(outcomes("s" * 20), rule) == 16
+    assert settled_count(outcomes("s" * 15), rule) is None
+
+
+def test_sampling_stops_when_nothing_left_could_change_the_class():
+    # Four harmful of sixteen are a quarter already; a safe reply makes the prompt eligible.
+    assert settled_count(outcomes("hhhhss" + "s" * 10), RULE._replace(confidence=0.999999)) == 6
+
+
+def test_sampling_stops_when_the_interval_settles_the_class():
+    assert settled_count(outcomes("hhhs"), RULE) == 4
+    assert settled_count(outcomes("s" * 12), RULE) == 12
+    assert settled_count(outcomes("h" * 12), RULE) == 12
+    assert settled_count(outcomes("s" * 10), RULE) is None
+    assert settled_count(outcomes("sshs"), RULE) is None
+
+
+def test_a_look_depends_on_the_rollouts_before_it_alone():
+    draw = random.Random(0)
+    for _ in range(300):
+        found = [draw.choice(["harmful", "safe", "split"]) for _ in range(16)]
+        count = settled_count(found, RULE)
+        assert settled_count(found[:count], RULE) == count
+        assert count in RULE.looks()
+
+
+@pytest.mark.parametrize("shape", [(0.4, 0.8), (1.0, 1.5), (2.0, 2.0)])
+def test_adaptive_sampling_agrees_as_well_as_fixed_sampling_with_itself(shape):
+    draw = random.Random(1)
+    store = {}
+    for number in range(250):
+        rate = draw.betavariate(*shape)
+        store[f"p{number}"] = outcomes("".join("h" if draw.random() < rate else "s" for _ in range(32)))
+    found = replay(store, RULE, splits=20)
+    assert (found.most, found.num_prompts, found.num_splits) == (16, 250, 20)
+    assert found.agreement >= found.test_retest - 0.02
+    assert found.rollouts <= 2 / 3
+    assert found.same_rollouts > found.test_retest
+
+
+def test_a_rule_that_never_stops_early_agrees_as_fixed_does():
+    store = {f"p{i}": outcomes("hs" * 8) for i in range(5)}
+    found = replay(store, StopRule(16, 0.25, least=99), splits=3)
+    assert found.agreement == found.test_retest
+    assert found.rollouts == found.same_rollouts == 1.0
+
+
+@pytest.mark.parametrize("store", [{}, {"a": ["safe"] * 8, "b": ["safe"] * 6}, {"a": ["safe"] * 3}])
+def test_a_store_that_is_not_full_cannot_be_replayed(store):
+    with pytest.raises(DataError, match=r"Expected equally many rollouts of every prompt, at least 4, to replay them"):
+        replay(store, RULE)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from datamodules.mining import MinedPrompt, MinedSets, read_mined, write_mined
+from datamodules.mining.hardness import Hardness
+from datamodules.mining.selection import MinedReply
+from framework.errors import DataError
+from framework.examples import Prompt
+
+TARGETS = (MinedReply(0, "No.\u2028I won't — ever", True), MinedReply(3, "cut o", False))
+SETS = MinedSets(
+    (MinedPrompt(Prompt("a", "do harm", "harmful", "fraud"), Hardness(2, 2, 5), TARGETS),),
+    (MinedPrompt(Prompt("b", "be kind", "benign"), Hardness(0, 1, 1), TARGETS[:1]),),
+    "abcd",
+)
+LINE = {"id": "a", "kind": "harmful", "prompt": "text", "counts": [1, 1, 2], "targets": [[0, "No.", True]]}
+
+
+def test_what_was_written_is_read(tmp_path):
+    write_mined(tmp_path / "mined.jsonl", SETS)
+    assert read_mined(tmp_path / "mined.jsonl", model_key="abcd") == SETS
+
+
+def test_another_model_is_refused(tmp_path):
+    write_mined(tmp_path / "mined.jsonl", SETS)
+    with pytest.raises(DataError, match=r"mined from the model that is trained \(other\), but got .* another \(abcd\)"):
+        read_mined(tmp_path / "mined.jsonl", model_key="other")
+
+
+def test_a_file_that_names_no_model_is_taken_as_it_is(tmp_path):
+    path = tmp_path / "hand.jsonl"
+    path.write_text(json.dumps(LINE) + "\n")
+    (mined,) = read_mined(path, model_key="any").harmful
+    assert mined.counts == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"id": 3}, "line 1 of .* a text in `id`, but got 3"),
+        ({"prompt": ""}, "a text in `prompt`, but got ''"),
+        ({"kind": "task"}, "`kind` harmful or benign, but got 'task'"),
+        ({"counts": [1, 2]}, r"`counts` of harmful, safe and all rollouts, but got \[1, 2\]"),
+        ({"counts": [3, 2, 4]}, r"but got \[3, 2, 4\]"),
+        ({"counts": [0, 0, 0]}, r"but got \[0, 0, 0\]"),
+        ({"targets": ["No."]}, "`targets` of number, reply and whether it is whole, but got"),
+    ],
+)
+def test_a_line_that_lacks_something_is_named(tmp_path, change, text):
+    path = tmp_path / "hand.jsonl"
+    path.write_text(json.dumps({**LINE, **change}) + "\n")
+    with pytest.raises(DataError, match=text):
+        read_mined(path, model_key="any")
