@@ -24,7 +24,7 @@ from experiments.prefill import Measured, measure_point
 from experiments.progress import Steps, TrainingProgress, evaluation_bars
 from experiments.run_folder import PICTURES, portable_path, take_folder
 from experiments.stages import ModelState, StageChain, Watch
-from experiments.tracking import TrackingLogger, build_logger, close_logger, kept_run_id, log_summary
+from experiments.tracking import TrackingLogger, build_logger, close_logger, kept_run_id, log_files, log_summary
 from experiments.training_picture import has_telemetry, training_svg
 from framework.config import EvaluateCommandConfig, RunConfig, StageConfig
 from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
@@ -300,4 +300,5 @@ def _track(config: RunConfig, results: dict[str, Any], folder: Path) -> None:
     run_id = None if config.tracking.wandb == "off" else kept_run_id(folder, "evaluate", key)
     logger = build_logger(config, folder=folder, stage="evaluate", labels=labels, run_id=run_id)
     log_summary(logger, results["rows"][-1]["metrics"])
+    log_files(logger, config.name, folder)
     close_logger(logger)

@@ -19,7 +19,18 @@ CONFIG_FILE = "config.yaml"
 EARLIER = "earlier"
 PICTURES = {name: f"training-{name}.svg" for name in STAGES}
 """What is drawn of each training stage."""
-OUTPUTS = ("results.json", "samples.jsonl", "report.html", "model", "adapter", *PICTURES.values())
+OUTPUTS = (
+    "results.json",
+    "samples.jsonl",
+    "report.html",
+    "metrics.csv",
+    "results.parquet",
+    "figures",
+    "model",
+    "adapter",
+    "patches",
+    *PICTURES.values(),
+)
 """What a finished run leaves behind; the results come first, because a folder that has them counts as finished."""
 SHOWN = 5
 

@@ -1,7 +1,8 @@
 """Weights & Biases through Lightning's logger: offline by default, and never a reason for a run to fail.
 
 Every stage is a W&B run of its own (``job_type`` is the stage), grouped by study or run and tagged by method and task.
-The evaluation's numbers go to the run's summary under fixed keys, so that two of them make the safety-utility plot.
+The evaluation's numbers go to the run's summary under fixed keys, so that two of them make the safety-utility plot, and
+its results and samples become artefacts. A study's own W&B run is in ``study_tracking``.
 All attempts at an interrupted stage are one W&B run: offline its files are written anew from the rows that the
 checkpoint holds, online the run is resumed and rows it has already are left out. No step is logged twice and none is
 missing.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,18 +27,25 @@ from pytorch_lightning.loggers import WandbLogger
 from framework.config import EvaluateCommandConfig, RunConfig
 from framework.errors import ConfigError, StorageError
 from framework.files import fingerprint, read_json, to_plain, write_json
+from framework.schema import TrackingConfig
 
 __all__ = [
     "TrackedMetrics",
     "TrackingLogger",
+    "artifact_name",
     "build_logger",
     "close_logger",
     "kept_run_id",
+    "log_files",
     "log_summary",
+    "open_logger",
     "summary_values",
 ]
 
 log = logging.getLogger(__name__)
+
+MAX_NAME = 128
+"""Characters of an artefact's name."""
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """Key to ``{"value", "numerator", "denominator", "low", "high"}``."""
@@ -84,6 +93,38 @@ class TrackingLogger(WandbLogger):
     def put_summary(self, values: Mapping[str, float]) -> None:
         """Write final numbers to the run's summary."""
         self._try(lambda: self.experiment.summary.update(dict(values)))
+
+    def put_media(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Log tables and charts; ``make`` builds them, for W&B may refuse that too."""
+
+        def put() -> None:
+            with self._own_storage():
+                self.experiment.log(dict(make()))
+
+        self._try(put)
+
+    def put_files(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        """Attach files as a version of an artefact.
+
+        Args:
+            name: of the artefact.
+            kind: what W&B lists it under, e.g. ``results``.
+            files: name inside the artefact to path; those that are not there are left out.
+        """
+        found = {inside: path for inside, path in files.items() if path.is_file()}
+        if found:
+            self._try(lambda: self._log_artifact(name, kind, found))
+
+    def _log_artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        artifact = wandb.Artifact(name, type=kind)
+        with self._own_storage():
+            for inside, path in files.items():
+                artifact.add_file(str(path), name=inside)  # copies it: what is sent later is what was there now
+        self.experiment.log_artifact(artifact)
+
+    def _own_storage(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the files of artefacts and tables with the run, not in the user's home."""
+        return _environment("WANDB_DATA_DIR", str(Path(self.save_dir or ".").resolve() / "wandb"))
 
     def finish(self) -> None:
         """End the W&B run and flush its files."""
@@ -158,7 +199,42 @@ def build_logger(
         ConfigError: tracking is online and W&B cannot be reached or has no account.
         StorageError: the folder cannot be written.
     """
-    tracking = config.tracking
+    return open_logger(
+        config.name,
+        config.tracking,
+        folder=folder,
+        stage=stage,
+        labels=labels,
+        run_id=run_id,
+        settings=to_plain(config),
+    )
+
+
+def open_logger(
+    name: str,
+    tracking: TrackingConfig,
+    *,
+    folder: Path,
+    stage: str,
+    labels: Sequence[str] = (),
+    run_id: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> TrackingLogger | Literal[False]:
+    """Return the logger of a W&B run called ``<name>/<stage>``, as `build_logger` does.
+
+    Args:
+        name: of the run or study; the group too unless the settings say one.
+        tracking: whether and where to track.
+        folder: W&B writes to ``wandb/`` inside.
+        stage: the job type.
+        labels: tags.
+        run_id: of the W&B run; None starts a new one.
+        settings: shown as the W&B run's configuration.
+
+    Raises:
+        ConfigError: tracking is online and W&B cannot be reached or has no account.
+        StorageError: the folder cannot be written.
+    """
     if tracking.wandb == "off":
         return False
     offline = tracking.wandb == "offline"
@@ -169,15 +245,15 @@ def build_logger(
     try:
         with _wandb_quiet():
             logger = TrackingLogger(
-                name=f"{config.name}/{stage}",
+                name=f"{name}/{stage}",
                 save_dir=folder,
                 offline=offline,
                 project=tracking.project,
                 entity=tracking.entity,
-                group=tracking.group or config.name,
+                group=tracking.group or name,
                 job_type=stage,
                 tags=[*tracking.tags, *labels],
-                config=to_plain(config),
+                config=dict(settings or {}),
                 **_identity(run_id, offline=offline),
                 settings=wandb.Settings(silent=True, console="off", x_disable_machine_info=offline),
             )
@@ -223,6 +299,31 @@ def log_summary(logger: TrackingLogger | Literal[False], metrics: Metrics) -> No
         logger.put_summary(summary_values(metrics))
 
 
+def log_files(logger: TrackingLogger | Literal[False], name: str, folder: Path) -> None:
+    """Attach a run's results and samples as artefacts ``<name>-results`` and ``<name>-samples``.
+
+    Args:
+        logger: of the run; False does nothing.
+        name: of the run.
+        folder: of the run.
+    """
+    if logger:
+        results = {file: folder / file for file in ("results.json", "config.yaml")}
+        logger.put_files(artifact_name(name, "results"), "results", results)
+        logger.put_files(artifact_name(name, "samples"), "samples", {"samples.jsonl": folder / "samples.jsonl"})
+
+
+def artifact_name(name: str, kind: str) -> str:
+    """Return a name that W&B takes for an artefact: letters, digits, ``-``, ``_`` and ``.``, at most 128.
+
+    Example:
+        >>> artifact_name("quickstart/asft-p0.1", "results")
+        'quickstart-asft-p0.1-results'
+    """
+    clean = re.sub(r"[^\w.-]+", "-", f"{name}-{kind}")
+    return clean if len(clean) <= MAX_NAME else f"{clean[: MAX_NAME - 17]}-{fingerprint(clean)}"
+
+
 def close_logger(logger: TrackingLogger | Literal[False]) -> None:
     """End the W&B run of a stage; two runs cannot be open in one process."""
     if logger:
@@ -259,16 +360,23 @@ def _wandb_quiet() -> Iterator[None]:
 
     Lightning switches W&B offline by setting an environment variable, which would outlive this run.
     """
-    before = {name: os.environ.get(name) for name in ("WANDB_SILENT", "WANDB_MODE")}
-    os.environ["WANDB_SILENT"] = "true"
+    with _environment("WANDB_MODE", os.environ.get("WANDB_MODE")), _environment("WANDB_SILENT", "true"):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set a variable, or leave it as it is with None, and put it back afterwards whatever happened to it."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

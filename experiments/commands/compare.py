@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.output import add_settings, clean_stdout, distribute, known_names, print_json
+from experiments.commands.output import add_settings, clean_stdout, distribute, known_names, print_json, say_page
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from experiments.execution import Execution
     from framework.study import StudyCell, StudyConfig
 
@@ -57,17 +59,21 @@ def execute(arguments: argparse.Namespace, study: StudyConfig, cells: list[Study
     """
     from experiments.compare import compare_study
     from experiments.launch import check_methods
+    from experiments.presentation import present_study
+    from framework.processes import on_main
 
     for cell in cells:
         check_methods(cell.config)
     execution, options = read_execution(arguments), _root(arguments)
     if arguments.dry_run:
         return _show_plan(arguments, study, cells, execution)
-    return distribute(
-        arguments,
-        cells[0].config.trainer,
-        lambda console: compare_study(study, console=console, execution=execution, cells=cells, **options),
-    )
+
+    def work(console: Console) -> dict[str, Any]:
+        table = compare_study(study, console=console, execution=execution, cells=cells, **options)
+        on_main(lambda: say_page(console, present_study(table, cells[0].config.tracking)))
+        return table
+
+    return distribute(arguments, cells[0].config.trainer, work)
 
 
 def read_execution(arguments: argparse.Namespace) -> Execution:

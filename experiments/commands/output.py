@@ -7,11 +7,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-__all__ = ["add_settings", "clean_stdout", "distribute", "known_names", "print_json"]
+__all__ = ["add_settings", "clean_stdout", "distribute", "known_names", "print_json", "say_page"]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,12 @@ def known_names() -> Any:
         safety_sets=frozenset(known_prompt_sets("safety")),
         over_refusal_sets=frozenset(known_prompt_sets("over_refusal")),
     )
+
+
+def say_page(console: Console, page: Path | None) -> None:
+    """Name the page a person may open."""
+    if page is not None:
+        console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show(arguments: argparse.Namespace, work: Callable[[Console], dict[str, Any]]) -> int:

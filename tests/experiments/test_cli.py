@@ -27,6 +27,13 @@ def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> N
     monkeypatch.setitem(sys.modules, name, module)
 
 
+@pytest.fixture(autouse=True)
+def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are replaced here, so there is nothing to write a report about."""
+    nothing = {"present_run": lambda results: None, "present_study": lambda table, tracking: None}
+    fake_module(monkeypatch, "experiments.presentation", **nothing)
+
+
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Replaces the run itself; collects the configurations it was given."""

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 
 from experiments import tracking
-from experiments.tracking import build_logger, close_logger, log_summary, summary_values
+from experiments.tracking import (
+    artifact_name,
+    build_logger,
+    close_logger,
+    log_files,
+    log_summary,
+    summary_values,
+)
 from framework.config import RunConfig
 from framework.errors import ConfigError, StorageError
 from framework.schema import TrackingConfig
+from tests.experiments.offline_wandb import read_offline_run
 
 RATE = {"value": 0.25, "numerator": 20, "denominator": 80, "low": 0.2, "high": 0.3}
 
@@ -155,17 +163,48 @@ def test_offline_for_real_writes_below_the_run_folder_and_says_nothing(
     monkeypatch.delenv("WANDB_SILENT", raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    for name in ("results.json", "samples.jsonl"):
+        (folder / name).write_text(name)
     for stage in ("align", "finetune"):
         logger = build_logger(make_config("offline"), folder=folder, stage=stage)
         assert isinstance(logger, tracking.TrackingLogger)
         logger.log_metrics({"train/loss": 1.0}, step=1)
         log_summary(logger, {"attack_success": RATE})
+        log_files(logger, "study/cell", folder)
         close_logger(logger)
         assert not logger.is_broken
     files = list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    assert all(file.stat().st_size > 0 for file in files)
+    read = {run.job_type: run for run in map(read_offline_run, files)}
+    assert set(read) == {"align", "finetune"}
+    run = read["finetune"]
+    assert (run.name, run.group, run.config["name"]) == ("study/cell/finetune", "study/cell", "study/cell")
+    assert {key: run.summary[key] for key in summary_values({"attack_success": RATE})} == summary_values(
+        {"attack_success": RATE}
+    )
+    assert run.history["train/loss"] == 1.0
+    kinds = {name: (found["type"], set(found["files"])) for name, found in run.artifacts.items()}
+    assert kinds == {
+        "study-cell-results": ("results", {"results.json"}),  # what is not there is left out
+        "study-cell-samples": ("samples", {"samples.jsonl"}),
+    }
+    copy = run.artifacts["study-cell-samples"]["files"]["samples.jsonl"]
+    assert copy.read_text() == "samples.jsonl"
+    assert copy.is_relative_to(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert "WANDB_SILENT" not in os.environ
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_names_of_artefacts_are_what_wandb_takes() -> None:
+    assert artifact_name("a/b c", "samples") == "a-b-c-samples"
+    long = artifact_name("x" * 200, "samples")
+    assert len(long) == 128
+    assert long != artifact_name("x" * 201, "samples")
+
+
+def test_no_files_without_tracking(tmp_path: Path) -> None:
+    log_files(False, "a", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,66 @@
+"""What a person looks at when a run or a study has ended: the report page, and the study's place in W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.report import write_report
+from experiments.run import RESULTS_FILE
+from experiments.study_records import read_study, study_runs
+from experiments.study_tracking import track_study
+from framework.schema import TrackingConfig
+
+__all__ = ["PAGE", "present_run", "present_study"]
+
+PAGE = "report.html"
+
+
+def present_run(results: Mapping[str, Any]) -> Path | None:
+    """Write the report of a finished run and return the page; None where the run measured nothing.
+
+    Args:
+        results: as ``run_recipe`` returns them.
+
+    Raises:
+        DataError: replies that are damaged.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(results["folder"])
+    page = folder / PAGE
+    if not results["rows"]:
+        return None
+    if not _is_current(page, [folder / RESULTS_FILE]):
+        write_report([folder])
+    return page
+
+
+def present_study(table: Mapping[str, Any], tracking: TrackingConfig) -> Path | None:
+    """Write the report of a study, track its table, and return the page; None where no run has finished.
+
+    A page that is newer than every record is left alone, so that looking at a finished study again costs nothing.
+
+    Args:
+        table: as ``compare_study`` returns it.
+        tracking: whether and where to.
+
+    Raises:
+        ConfigError: tracking is online and W&B cannot be reached or has no account.
+        DataError: records or replies that are damaged.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(table["folder"])
+    page = folder / PAGE
+    finished = [run for run in table["runs"] if run["status"] == "finished"]
+    if not finished or not table["comparison"]:
+        return None
+    if not _is_current(page, [folder / run["results"] for run in finished]):
+        write_report([folder], title=table["name"])
+        runs = study_runs(read_study(folder), folder=folder)
+        track_study(table["name"], table["comparison"], runs, folder=folder, tracking=tracking)
+    return page
+
+
+def _is_current(page: Path, sources: list[Path]) -> bool:
+    return page.is_file() and all(page.stat().st_mtime >= source.stat().st_mtime for source in sources)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import presentation
+from experiments.benchmarks.simulated_runs import SimulatedVariant, simulate_study
+from experiments.presentation import present_run, present_study
+from framework.files import read_json
+from framework.schema import TrackingConfig
+
+OFF = TrackingConfig(wandb="off")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return simulate_study(tmp_path / "tiny", (SimulatedVariant("Plain LoRA", 0.7, 0.1, 0.92, 8.0),), seeds=(0,))[0]
+
+
+def test_a_run_gets_a_page_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {**read_json(run_folder / "results.json"), "folder": str(run_folder)}
+    page = present_run(results)
+    assert page == run_folder / "report.html"
+    assert "Plain LoRA" in page.read_text(encoding="utf-8")
+    calls: list[Any] = []
+    monkeypatch.setattr(presentation, "write_report", lambda *args, **options: calls.append(args))
+    assert present_run(results) == page
+    assert calls == []
+    os.utime(page, (0, 0))
+    present_run(results)
+    assert calls == [([run_folder],)]
+
+
+def test_a_run_that_measured_nothing_has_no_page(run_folder: Path) -> None:
+    assert present_run({"folder": str(run_folder), "rows": []}) is None
+
+
+def study_table(folder: Path, **changes: Any) -> dict[str, Any]:
+    (folder / "a.json").write_text("{}")
+    runs = [{"status": "finished", "results": "a.json"}]
+    return {"name": "tiny", "folder": str(folder), "runs": runs, "comparison": [{}], **changes}
+
+
+def test_a_study_is_drawn_and_tracked_when_a_record_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def write(paths: list[Path], *, title: str) -> None:
+        seen.append(title)
+        (tmp_path / "report.html").write_text("page")
+
+    monkeypatch.setattr(presentation, "write_report", write)
+    monkeypatch.setattr(presentation, "read_study", lambda folder: [])
+    monkeypatch.setattr(presentation, "study_runs", lambda records, folder: ["runs of " + folder.name])
+    monkeypatch.setattr(
+        presentation, "track_study", lambda name, comparison, runs, **options: seen.append(f"{name}: {runs[0]}")
+    )
+    table = study_table(tmp_path)
+    assert present_study(table, OFF) == tmp_path / "report.html"
+    assert seen == ["tiny", f"tiny: runs of {tmp_path.name}"]
+    assert present_study(table, OFF) == tmp_path / "report.html"
+    assert len(seen) == 2
+    os.utime(tmp_path / "report.html", (0, 0))
+    present_study(table, OFF)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("changes", [{"runs": [{"status": "failed", "results": "failed/a.json"}]}, {"comparison": []}])
+def test_a_study_without_a_finished_run_has_no_page(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert present_study(study_table(tmp_path, **changes), OFF) is None
