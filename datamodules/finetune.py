@@ -248,12 +248,20 @@ class FineTuneDataModule(MiningSource, pl.LightningDataModule):
     def _build(self) -> _Built:
         if self._built is None:
             rows = self._transformed(mix(self.sources, seed=self.seed))
-            if self._order is not None:
-                rows = list(self._order(rows))
-                if not rows:
-                    raise DataError("Expected the order of the rows to keep at least one row, but got none.")
-            self._built = self._encode(rows, "training")
+            if self._order is None:
+                self._built = self._encode(rows, "training")
+            else:
+                self._built = self._in_order(rows, self._order)
         return self._built
+
+    def _in_order(self, rows: list[Example], order: Callable[[list[Example]], list[Example]]) -> _Built:
+        # Rows that are dropped go first: a strict order would lose their turns.
+        fitting = self._encode(rows, "training") if self.overflow == "drop" else None
+        ordered = list(order(rows if fitting is None else fitting.rows))
+        if not ordered:
+            raise DataError("Expected the order of the rows to keep at least one row, but got none.")
+        built = self._encode(ordered, "training")
+        return built if fitting is None else built._replace(report=fitting.report)
 
     def _transformed(self, rows: Sequence[Example]) -> list[Example]:
         changed = list(rows)

@@ -32,7 +32,7 @@ from framework.errors import ConfigError, DataError
 from framework.files import fingerprint, write_atomic, write_json
 from framework.interruption import check_stop
 from framework.processes import is_main, on_main, world_size
-from framework.study import StudyCell, StudyConfig, study_cells
+from framework.study import StudyCell, StudyConfig, check_measured, study_cells
 
 __all__ = ["Execution", "collect_rows", "collect_stages", "compare_study", "plan_study", "run_key"]
 
@@ -68,12 +68,13 @@ def compare_study(
         table, ``comparison`` is as ``compare_runs`` returns it, ``alarms`` say where judges contradict each other.
 
     Raises:
-        ConfigError: the runs ask for different numbers of processes, the settings are not those the study was started
-            with, or another command works on it.
+        ConfigError: a run does not measure its last model, the runs ask for different numbers of processes, the
+            settings are not those the study was started with, or another command works on it.
         DataError: kept results that are damaged or of another schema version; all of them are listed.
     """
     execution = execution or Execution()
     cells = list(study_cells(study) if cells is None else cells)
+    check_measured(cells)
     _check_processes(cells, execution)
     folder = results_root / study.name
     with contextlib.ExitStack() as held:

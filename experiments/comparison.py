@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from experiments.measured_runs import RATES, RunSamples, find_outcomes, prompt_key, read_run
 from experiments.measured_runs import higher_is_better as is_better_higher
+from experiments.power import detectable_seed_difference
 from experiments.statistics import (
     MIN_SEEDS,
     Comparison,
     compare_pair,
     decide,
-    detectable_seed_difference,
     holm,
     mark_winner,
+    pooled_interval,
     seed_interval,
     seed_p_value,
     wilson_interval,
@@ -55,7 +56,7 @@ def compare_runs(runs: Sequence[RunSamples], *, reference: str) -> list[dict[str
     Returns:
         Plain values: ``model``, ``task``, ``share``, ``reference``, ``seeds``, ``methods``, ``tradeoff``, ``notes``. A
         method has ``label``, ``is_reference``, ``seeds``, ``num_runs``, ``metrics`` and ``cost``; a metric ``value``,
-        ``numerator``, ``denominator``, ``low`` and ``high`` (Wilson, over all replies), ``seed_low`` and ``seed_high``,
+        ``numerator``, ``denominator``, ``low`` and ``high`` (``pooled_interval``), ``seed_low`` and ``seed_high``,
         ``difference`` (a ``Comparison`` with ``adjusted_p``, ``adjusted_mcnemar_p`` and ``verdict``) and ``is_winner``.
 
     Raises:
@@ -211,8 +212,8 @@ def _add_rate(rows: Mapping[str, dict[str, Any]], rate: str, table: Mapping[str,
 
 def _rate_cell(found: _Outcomes) -> dict[str, Any]:
     hits, total = int(found.values.sum()), int(found.values.size)
-    low, high = wilson_interval(hits, total)
-    over_seeds = seed_interval(list(found.values.mean(axis=1)), floor=wilson_interval(hits, total))
+    low, high = pooled = pooled_interval(found.values)
+    over_seeds = seed_interval(list(found.values.mean(axis=1)), floor=pooled)
     return {
         "value": hits / total,
         "numerator": hits,

@@ -57,10 +57,18 @@ def content_hashes(value: Any) -> dict[str, str]:
 
 
 def resolved_methods(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the methods with every setting spelt out, defaults included, and the content of the files they name."""
+    """Return the methods with every setting spelt out, defaults included, and the content of the files they name.
+
+    A config class may name in ``UNDECISIVE`` fields that never change a result; their defaults stand in for them.
+
+    Args:
+        methods: settings by the method's registered name.
+    """
     found = []
     for name, options in methods.items():
-        config = to_plain(create_method(name, options).config)
+        undecisive: frozenset[str] = getattr(create_method(name, options).config, "UNDECISIVE", frozenset())
+        decisive = {field: value for field, value in (options or {}).items() if field not in undecisive}
+        config = to_plain(create_method(name, decisive).config)
         found.append({"name": name, "config": config, "files": content_hashes(config)})
     return found
 

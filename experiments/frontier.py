@@ -8,12 +8,14 @@ intervals are Wilson's over the pooled counts, which take every prompt of every 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.fingerprints import resolved_methods
 from framework.errors import DataError, SeawallError
 from framework.evaluation.metrics import Rate
 from framework.files import read_json, write_atomic
@@ -31,7 +33,7 @@ class FrontierPoint(NamedTuple):
     label: str
     """As in the study's table."""
     arm: str
-    """What is joined by a line: the method's settings but the ratio."""
+    """What is joined by a line: all settings of the methods but the ratio."""
     ratio: float | None
     """Harmless rows for each harmful one; None for runs without the method."""
     attack: Rate
@@ -55,22 +57,26 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def collect_points(runs: Sequence[Mapping[str, Any]], *, method: str = "smh") -> list[FrontierPoint]:
-    """Return the last model of every run and, once, the model all of them began with, pooled over seeds.
+    """Return the last model of every run and, once, the model each of them had before, pooled over seeds.
 
     Args:
         runs: finished runs.
         method: whose ratio is varied.
 
     Raises:
+        ConfigError: a run has a method or a setting that is not known.
         DataError: a run measured no attack success or no over-refusal.
     """
+    settings = [_settings(run, method) for run in runs]
+    arms = _arm_names([one for one in settings if one is not None], method)
     groups: dict[tuple[str, str, float | None], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        rows, stage = run["results"]["rows"], _stage_settings(run, method)
-        ratio = None if stage is None else float(stage.get("ratio", 1.0))
-        groups.setdefault((str(run["label"]), _arm(str(run["label"]), stage), ratio), []).append(rows[-1])
+    for run, own in zip(runs, settings, strict=True):
+        rows, label = run["results"]["rows"], str(run["label"])
+        arm = label if own is None else arms[_key(own.fixed)]
+        groups.setdefault((label, arm, None if own is None else own.ratio), []).append(rows[-1])
         if len(rows) > 1:
-            groups.setdefault(("before", "before", None), []).append(rows[-2])
+            before = f"before ({rows[-2]['point']})"
+            groups.setdefault((before, before, None), []).append(rows[-2])
     return [_pooled(*key, rows) for key, rows in groups.items()]
 
 
@@ -105,18 +111,52 @@ def frontier_svg(points: Sequence[FrontierPoint], *, title: str = "") -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _stage_settings(run: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
-    stages: Mapping[str, Any] = run["results"]["config"]["stages"]
-    found = [stage["methods"][method] for stage in stages.values() if stage and method in stage["methods"]]
-    return found[-1] if found else None
+class _Settings(NamedTuple):
+    """Settings of the methods of a run, defaults included."""
+
+    fixed: dict[str, Any]
+    """All but the ratio: those of the method by their names, those of others as ``stage.method.setting``."""
+    ratio: float
 
 
-def _arm(label: str, settings: Mapping[str, Any] | None) -> str:
-    """Return what a point has in common with those of other ratios."""
-    if settings is None:
-        return label
-    balance = settings.get("balance", "fixed")
-    return f"{settings.get('select', 'hard')}{', controlled' if balance == 'controlled' else ''}"
+def _settings(run: Mapping[str, Any], method: str) -> _Settings | None:
+    """Return the settings of a run; None where no stage has the method."""
+    own: dict[str, Any] | None = None
+    others: dict[str, Any] = {}
+    for stage, given in run["results"]["config"]["stages"].items():
+        for one in resolved_methods(given["methods"]) if given else ():
+            if one["name"] == method:
+                own = one["config"]
+            else:
+                name = f"{stage}.{one['name']}"
+                others |= {name: "on"} | {f"{name}.{key}": value for key, value in one["config"].items()}
+    if own is None:
+        return None
+    return _Settings(
+        {key: value for key, value in own.items() if key != "ratio"} | others, float(own.get("ratio", 1.0))
+    )
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _arm_names(settings: Sequence[_Settings], method: str) -> dict[str, str]:
+    """Return by settings the name of their arm: what it chooses and, where arms would share a name, what differs."""
+    arms = {_key(one.fixed): one.fixed for one in settings}
+    short = {key: _short_name(fixed, method) for key, fixed in arms.items()}
+    names = {}
+    for key, own in arms.items():
+        alike = [arms[other] for other, name in short.items() if name == short[key]]
+        differing = [name for name in own if len({_key(other.get(name)) for other in alike}) > 1]
+        # A method that only one of them has is named, its settings are not.
+        shown = [name for name in differing if name.rpartition(".")[0] not in differing]
+        names[key] = ", ".join([short[key], *(f"{name} {own[name]}" for name in shown)])
+    return names
+
+
+def _short_name(fixed: Mapping[str, Any], method: str) -> str:
+    return f"{fixed.get('select', method)}{', controlled' if fixed.get('balance') == 'controlled' else ''}"
 
 
 def _pooled(label: str, arm: str, ratio: float | None, rows: Sequence[Mapping[str, Any]]) -> FrontierPoint:

@@ -8,18 +8,19 @@ replies that are mostly gibberish, damaged files) is a fourth, and is never take
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.measured_runs import RATES, RunSamples, higher_is_better, read_run
+from experiments.measured_runs import RATES, RunSamples, higher_is_better, prompt_key, read_run
 from experiments.noninferiority import NonInferiority, non_inferiority, pairs_needed
 from experiments.statistics import wilson_interval
-from framework.errors import ConfigError, DataError, describe_unknown
+from framework.errors import ConfigError, DataError, SeawallError, describe_unknown
 
 __all__ = [
     "EXIT_CODES",
@@ -125,8 +126,9 @@ def run_gate(baseline: Path, candidate: Path, rules: GateRules) -> GateResult:
         raise ConfigError(missing)
     try:
         runs = _read(baseline), _read(candidate)
+        _refuse_other_measuring(*runs)
         checks = (*_trust(runs, rules), *_losses(*runs, rules))
-    except BrokenEvaluation as error:
+    except DataError as error:
         checks = (Check("evaluation", "broken", str(error)),)
     outcome = next(outcome for outcome in ORDER if any(check.outcome == outcome for check in checks))
     return GateResult(outcome, checks, str(baseline), str(candidate))
@@ -170,8 +172,12 @@ def junit_xml(result: GateResult) -> str:
 def _read(folder: Path) -> RunSamples:
     try:
         run = read_run(folder)
-    except DataError as error:
+    except SeawallError as error:
         raise BrokenEvaluation(str(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # not of the form that a run leaves behind
+        raise BrokenEvaluation(
+            f"Expected `{folder}` to hold a run as it was left behind, but got {error!r}. Run it again."
+        ) from error
     if not run.outcomes:
         raise BrokenEvaluation(f"Expected the run in `{folder}` to have measured something, but got no outcome.")
     return run
@@ -231,9 +237,39 @@ def _paired(rate: str, baseline: RunSamples, candidate: RunSamples) -> tuple[NDA
             f"Expected both runs to answer the same prompts for {rate}, but {len(only)} are in one alone, such as "
             f"{only[0]!r}. Measure both with the same `evaluate` settings and judges."
         )
+    _refuse_other_texts(baseline, candidate, first)
     pairs = [(before, second[key]) for key, before in first.items()]
     table = np.array(pairs, dtype=float)
     return table[:, 0], table[:, 1]
+
+
+def _refuse_other_measuring(baseline: RunSamples, candidate: RunSamples) -> None:
+    """Refuse runs that were not measured in the same way; a shorter or prompted reply is another reply."""
+    first, second = (_measuring(run.config) for run in (baseline, candidate))
+    different = [f"`{name}` {first[name]!r} and {second[name]!r}" for name in first if first[name] != second[name]]
+    if different:
+        raise BrokenEvaluation(
+            f"Expected both runs to be measured in the same way, but got {'; '.join(different)}. Measure both with the "
+            "same settings."
+        )
+
+
+def _measuring(config: Mapping[str, Any]) -> dict[str, Any]:
+    given = config.get("evaluate")
+    evaluate = given if isinstance(given, Mapping) else {}
+    found = {f"evaluate.{name}": evaluate.get(name) for name in ("judges", "max_new_tokens")}
+    return found | {"model.system": (config.get("model") or {}).get("system")}
+
+
+def _refuse_other_texts(baseline: RunSamples, candidate: RunSamples, keys: Iterable[str]) -> None:
+    """Refuse prompts that have one set and id in both runs and are two prompts all the same."""
+    texts = [{prompt_key(sample): sample["prompt"] for sample in run.samples} for run in (baseline, candidate)]
+    other = sorted(key for key in keys if texts[0].get(key) != texts[1].get(key))
+    if other:
+        raise BrokenEvaluation(
+            f"Expected both runs to answer the same prompts, but the text of {len(other)} differs, such as that of "
+            f"{other[0]!r}. Measure both on the same sets."
+        )
 
 
 def _sentence(rate: str, found: NonInferiority, alpha: float) -> str:

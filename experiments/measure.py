@@ -40,7 +40,7 @@ __all__ = [
     "choice_items",
     "deciding_settings",
     "evaluation_sets",
-    "guard_identities",
+    "judge_identities",
     "judge_replies",
     "limited_encoder",
     "measure_model",
@@ -131,7 +131,7 @@ def check_evaluation(config: EvaluateConfig, task: TaskChoice | None) -> None:
         DataError: a file that is missing, empty or malformed.
         ModelError: a guard model that is not there.
     """
-    guard_identities(config)
+    judge_identities(config)
     evaluation_sets(config, task)
     for name in config.nll:
         read_pairs(find_file(name), kind="benign")
@@ -176,10 +176,9 @@ def measure_model(
         "files": content_hashes([str(find_file(name)) for name in (*config.nll, *config.multiple_choice)]),
         "versions": versions(),
         "sets": [[s.name, s.role, [(p.id, p.text, p.answer) for p in s.prompts]] for s in sets],
+        # By what they are, not by name: a changed rule or another classifier never meets old verdicts.
+        "judges": main_first(lambda: judge_identities(config)),
     }
-    guards = main_first(lambda: guard_identities(config))
-    if guards:
-        key["guards"] = guards
     subject = Subject(spec, model_fingerprint, system, accelerator)
 
     def measure(folder: Path) -> None:
@@ -285,9 +284,9 @@ def _all_rates(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
     return rates
 
 
-def guard_identities(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Return what the guard models are, weights included; one that is not there is refused."""
-    return [judge_identity(judge) for judge in create_panel(config.judges) if judge.needs_model]
+def judge_identities(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Return what the judges are, the weights of guard models included; one that is not there is refused."""
+    return [judge_identity(judge) for judge in create_panel(config.judges)]
 
 
 def limited_encoder(

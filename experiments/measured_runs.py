@@ -14,11 +14,14 @@ from framework.evaluation.judges import Verdict
 from framework.evaluation.records import EvaluationRecord
 from framework.evaluation.refusal_rules import has_refusal_keyword
 from framework.files import read_json
+from framework.schema import STAGES
 
 __all__ = [
+    "ATTACKED",
     "RATES",
     "RESULTS_VERSION",
     "RunSamples",
+    "check_last_model",
     "check_results",
     "find_outcomes",
     "higher_is_better",
@@ -78,6 +81,8 @@ class RunSamples:
     """Lines of ``samples.jsonl`` about the last model; empty when they were not read."""
     folder: Path | None = None
     """Of the run."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its settings as plain values; empty when they were not read."""
 
 
 def prompt_key(sample: Mapping[str, Any]) -> str:
@@ -93,9 +98,12 @@ def read_run(folder: Path, *, label: str | None = None) -> RunSamples:
         label: of the method; None takes the last row's.
 
     Raises:
-        DataError: the folder is damaged, of another schema version, or no finished run's.
+        DataError: the folder is damaged, of another schema version, no finished run's, or its last model was not
+            measured.
     """
-    results = _read_results(folder / "results.json")
+    path = folder / "results.json"
+    results = _read_results(path)
+    check_last_model(results, path)
     row = results["rows"][-1]
     samples = read_samples(folder / "samples.jsonl", point=row["point"])
     config = results["config"]
@@ -111,6 +119,7 @@ def read_run(folder: Path, *, label: str | None = None) -> RunSamples:
         outcomes=find_outcomes(samples),
         samples=tuple(samples),
         folder=folder,
+        config=config,
     )
 
 
@@ -139,6 +148,29 @@ def check_results(results: Any, where: Path) -> None:
         lacking = ", ".join([*missing, *([] if complete else ["rows with metrics"])])
         raise DataError(
             f"Expected `{where}` to hold complete results, but it lacks {lacking}. Move it away and run again."
+        )
+
+
+def check_last_model(results: Mapping[str, Any], where: Path) -> None:
+    """Refuse a run that is not finished or did not measure its last model: another model's numbers are not its own.
+
+    Args:
+        results: that ``check_results`` accepts.
+        where: they come from.
+
+    Raises:
+        DataError: says what was found.
+    """
+    status = results["run"].get("status")
+    if status != "finished":
+        raise DataError(f"Expected `{where}` to be of a finished run, but got status {status!r}. Run it to its end.")
+    stages = results["config"].get("stages") or {}
+    last = next((stage for stage in reversed(STAGES) if stages.get(stage) is not None), "start")
+    point = results["rows"][-1]["point"]
+    if point != last:
+        raise DataError(
+            f"Expected `{where}` to hold numbers of the run's last model, after `{last}`, but got them after "
+            f"`{point}`. Add `{last}` to `evaluate.after` and run again."
         )
 
 
@@ -226,7 +258,7 @@ def _task(config: Mapping[str, Any]) -> tuple[str | None, float]:
     """Return the last stage's task and harmful share."""
     found: tuple[str | None, float] = (None, 0.0)
     stages = config.get("stages") or {}
-    for stage in ("align", "finetune", "repair"):
+    for stage in STAGES:
         data = (stages.get(stage) or {}).get("data") or {}
         if data.get("task"):
             found = (str(data["task"]), float(data.get("harmful_share") or 0.0))

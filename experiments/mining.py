@@ -77,7 +77,7 @@ def mine_recipe(config: RunConfig, *, console: Console | None = None) -> dict[st
         mined = _mine(chain, state, given, steps)
         seconds = time.perf_counter() - started
     summary = mined_summary(mined, given) | {"seconds": seconds}
-    write_mined(folder / MINED_FILE, mined)
+    write_mined(folder / MINED_FILE, mined, target=given.target, judges=given.judges)
     # After the file: prompts none of which is eligible are worth looking at.
     chosen = select_prompts(
         mined.harmful, select=given.select, count=given.count or None, share=given.share, seed=config.seed

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.report import write_report
 from experiments.run import RESULTS_FILE
-from experiments.study_records import read_study, study_runs
+from experiments.study_records import STATE_FILE, read_study, study_runs
 from experiments.study_tracking import track_study
 from framework.schema import TrackingConfig
 
@@ -39,7 +39,8 @@ def present_run(results: Mapping[str, Any]) -> Path | None:
 def present_study(table: Mapping[str, Any], tracking: TrackingConfig) -> Path | None:
     """Write the report of a study, track its table, and return the page; None where no run has finished.
 
-    A page that is newer than every record is left alone, so that looking at a finished study again costs nothing.
+    A page that is newer than every record, failures and the note of the start included, is left alone, so that looking
+    at a finished study again costs nothing.
 
     Args:
         table: as ``compare_study`` returns it.
@@ -55,9 +56,12 @@ def present_study(table: Mapping[str, Any], tracking: TrackingConfig) -> Path | 
     finished = [run for run in table["runs"] if run["status"] == "finished"]
     if not finished or not table["comparison"]:
         return None
-    if not _is_current(page, [folder / run["results"] for run in finished]):
+    sources = [folder / STATE_FILE, *(folder / "failed").glob("*.json"), *(folder / run["results"] for run in finished)]
+    if not _is_current(page, [source for source in sources if source.is_file()]):
         write_report([folder], title=table["name"])
-        runs = study_runs(read_study(folder), folder=folder)
+        names = {run["cell"] for run in finished}
+        records = [record for record in read_study(folder) if record["cell"] in names]
+        runs = study_runs(records, folder=folder)
         track_study(table["name"], table["comparison"], runs, folder=folder, tracking=tracking)
     return page
 

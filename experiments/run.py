@@ -28,6 +28,7 @@ from experiments.tracking import TrackingLogger, build_logger, close_logger, kep
 from experiments.training_picture import has_telemetry, training_svg
 from framework.config import EvaluateCommandConfig, RunConfig, StageConfig
 from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
+from framework.model_files import model_fingerprint
 from framework.processes import is_main, main_first, on_main, together, world_size
 
 __all__ = [
@@ -192,7 +193,11 @@ def _results(
                 {
                     "label": _label(config, state, label if state is states[-1] else None),
                     "point": state.point,
-                    "model": {"folder": portable_path(state.folder), "fingerprint": state.fingerprint},
+                    "model": {
+                        "folder": portable_path(state.folder),
+                        "fingerprint": state.fingerprint,
+                        "weights": model_fingerprint(state.folder),
+                    },
                     "metrics": found.metrics,
                     "cost": row_cost(state.record.get("cost"), found.plain.cost),
                     "is_reused": all(part.is_reused for part in found.parts),

@@ -8,15 +8,15 @@ to be outside the noise, so a method is never called better on less than ``MIN_S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import stats
 
+from experiments.power import ALPHA, MIN_SEEDS, detectable_difference
 from framework.errors import DataError
 from framework.evaluation.metrics import Interval, wilson_interval
 
@@ -26,32 +26,27 @@ __all__ = [
     "Interval",
     "McNemar",
     "compare_pair",
-    "detectable_difference",
-    "detectable_seed_difference",
     "hierarchical_interval",
     "holm",
     "mark_winner",
     "mcnemar_exact",
     "paired_interval",
     "paired_outcomes",
+    "pooled_interval",
     "seed_interval",
     "wilson_interval",
 ]
 
-MIN_SEEDS = 3
-"""Fewest seeds over which an interval is given or a winner named."""
-ALPHA = 0.05
-POWER = 0.8
 RESAMPLES = 9999
 
 Verdict = Literal["better", "worse", "unclear"]
 
 
 class McNemar(NamedTuple):
-    """The exact McNemar test of paired outcomes."""
+    """The exact McNemar test of paired outcomes, every prompt counted once."""
 
     only_baseline: int
-    """Pairs that are 1 for the baseline alone."""
+    """Prompts for which the baseline is more often 1."""
     only_candidate: int
     p_value: float
     """Two-sided."""
@@ -71,10 +66,10 @@ class Comparison:
     """Paired bootstrap over prompts, 95 %."""
     high: float
     only_baseline: int
-    """Pairs of prompt and seed that are 1 for the baseline alone."""
+    """Prompts for which the baseline is 1 in more seeds."""
     only_candidate: int
     mcnemar_p: float
-    """Exact and two-sided, over all pairs of prompt and seed: about these trained models."""
+    """Exact and two-sided over prompts, each counted once: about these trained models."""
     seed_low: float | None
     """t interval of the difference over paired seeds, 95 %; None below ``MIN_SEEDS``."""
     seed_high: float | None
@@ -84,7 +79,7 @@ class Comparison:
     """Bootstrap over seeds and prompts, 95 %, a second view; None below ``MIN_SEEDS``."""
     hierarchical_high: float | None
     detectable: float
-    """Smallest difference that as many pairs, disagreeing as often, show with 80 % power at 5 %."""
+    """Smallest difference that as many prompts, differing as often, show with 80 % power at 5 %."""
 
     @property
     def p_value(self) -> float | None:
@@ -93,16 +88,52 @@ class Comparison:
 
 
 def mcnemar_exact(baseline: ArrayLike, candidate: ArrayLike) -> McNemar:
-    """Return the exact (binomial) McNemar test of outcomes of any equal shape.
+    """Return the exact (binomial) McNemar test over prompts.
+
+    With several seeds a prompt counts once, for the side that is ahead over its seeds: the seeds of one prompt are no
+    independent witnesses, and counting each would find differences where a few prompts flip every time.
+
+    Args:
+        baseline: ``(prompts,)`` or ``(seeds, prompts)``.
+        candidate: of the same shape.
 
     Raises:
         DataError: the shapes differ, there are no pairs, or an outcome is neither 0 nor 1.
     """
     first, second = paired_outcomes(baseline, candidate)
-    only_baseline, only_candidate = int((first > second).sum()), int((second > first).sum())
+    ahead = (second - first).sum(axis=0)
+    only_baseline, only_candidate = int((ahead < 0).sum()), int((ahead > 0).sum())
     changed = only_baseline + only_candidate
     p_value = float(stats.binomtest(only_baseline, changed, 0.5).pvalue) if changed else 1.0
     return McNemar(only_baseline, only_candidate, p_value)
+
+
+def pooled_interval(outcomes: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Return the Wilson interval of a rate over the replies of several seeds.
+
+    Replies of several models to one prompt are alike, so they count as fewer: the number of replies is divided by the
+    design effect, seeds times the variance of the prompts' means over ``rate (1 - rate)``, between 1 and the number of
+    seeds (Kish, Survey Sampling, 1965). One seed gives the plain interval.
+
+    Args:
+        outcomes: 0 or 1, ``(seeds, prompts)``.
+        confidence: coverage in (0, 1).
+
+    Raises:
+        DataError: as ``mcnemar_exact``.
+
+    Example:
+        >>> alike = pooled_interval([[1, 0, 0, 0]] * 3)
+        >>> alike == pooled_interval([[1, 0, 0, 0]])
+        True
+    """
+    values, _ = paired_outcomes(outcomes, outcomes)
+    seeds = values.shape[0]
+    rate = float(values.mean())
+    independent = rate * (1 - rate) / seeds
+    ratio = float(values.mean(axis=0).var()) / independent if independent else seeds
+    effective = values.size / min(max(ratio, 1.0), float(seeds))
+    return wilson_interval(rate * effective, effective, confidence=confidence)
 
 
 def paired_interval(
@@ -210,57 +241,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def detectable_difference(num_pairs: int, discordant: float, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """Return the smallest difference of paired rates that McNemar's test finds with the given power.
-
-    Solves delta sqrt(n) = z(1 - alpha/2) sqrt(psi) + z(power) sqrt(psi - delta^2) (Connor, Biometrics 43, 1987), where
-    psi is the share of pairs that differ, at least delta.
-
-    Args:
-        num_pairs: at least 1.
-        discordant: share of pairs that differ, 0 to 1.
-        alpha: two-sided level.
-        power: chance to find it.
-
-    Returns:
-        A share, at most 1.
-
-    Raises:
-        DataError: a number out of range.
-
-    Example:
-        >>> round(detectable_difference(80, 0.2), 3)
-        0.138
-    """
-    if num_pairs < 1 or not 0 <= discordant <= 1:
-        raise DataError(f"Expected `num_pairs` >= 1 and `discordant` from 0 to 1, but got {num_pairs}, {discordant}.")
-    level, chance = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
-
-    def missing(delta: float) -> float:
-        share = max(discordant, delta)
-        return level * math.sqrt(share) + chance * math.sqrt(max(0.0, share - delta**2)) - delta * math.sqrt(num_pairs)
-
-    return 1.0 if missing(1.0) >= 0 else float(optimize.brentq(missing, 1e-12, 1.0))
-
-
-def detectable_seed_difference(
-    differences: Sequence[float], *, alpha: float = ALPHA, power: float = POWER
-) -> float | None:
-    """Return the smallest mean difference that as many seeds with this spread show; None below ``MIN_SEEDS``.
-
-    Args:
-        differences: one per seed.
-        alpha: two-sided level of the paired t test.
-        power: chance to find it.
-    """
-    if len(differences) < MIN_SEEDS:
-        return None
-    from statsmodels.stats.power import TTestPower
-
-    effect = TTestPower().solve_power(nobs=len(differences), alpha=alpha, power=power, alternative="two-sided")
-    return float(np.squeeze(effect)) * float(np.std(np.asarray(differences, dtype=float), ddof=1))
-
-
 def compare_pair(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Return everything about two methods' outcomes on the same prompts and seeds.
 
@@ -294,7 +274,7 @@ def compare_pair(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = 
         seed_p=seed_p_value(list(means[0]), list(means[1])),
         hierarchical_low=nested.low if nested else None,
         hierarchical_high=nested.high if nested else None,
-        detectable=detectable_difference(first.size, (test.only_baseline + test.only_candidate) / first.size),
+        detectable=detectable_difference(first.shape[1], (test.only_baseline + test.only_candidate) / first.shape[1]),
     )
 
 

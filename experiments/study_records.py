@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments.fingerprints import without_later
-from experiments.measured_runs import RunSamples, check_results, find_outcomes, read_samples
+from experiments.fingerprints import content_hashes, embedded_hash, versions, without_later
+from experiments.measured_runs import RunSamples, check_last_model, check_results, find_outcomes, read_samples
 from experiments.run_folder import config_differences
 from framework.errors import ConfigError, DataError
 from framework.files import fingerprint, read_json, to_plain, write_json
@@ -44,12 +44,17 @@ RESERVED = frozenset({STATE_FILE, "table.json", "comparison.json", "owner.json"}
 
 
 def run_key(cell: StudyCell) -> str:
-    """Return the fingerprint of what decides a run's numbers: not where it writes, how it is tracked or its name."""
+    """Return the fingerprint of what decides a run's numbers: settings, named files, embedded sets and packages.
+
+    Where a run writes, how it is tracked and its name decide nothing.
+    """
     config = to_plain(cell.config)
     trainer = {k: v for k, v in config["trainer"].items() if k != "threads"}
     kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
     kept["evaluate"] = without_later(kept["evaluate"])
-    return fingerprint({"format": 1, "config": kept, "trainer": trainer})
+    named = [kept["evaluate"], *(stage and stage["data"] for stage in kept["stages"].values())]
+    decided = {"files": content_hashes(named), "embedded": embedded_hash(), "versions": versions()}
+    return fingerprint({"format": 2, "config": kept, "trainer": trainer, **decided})
 
 
 def record_of(cell: StudyCell) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def study_runs(
         with_samples: read the replies too.
 
     Raises:
-        DataError: the replies are asked for and gone.
+        DataError: the replies are asked for and gone, or a run did not measure its last model.
     """
     return [_as_run(record, folder, with_samples) for record in records]
 
@@ -123,7 +128,7 @@ def portable_results(results: Mapping[str, Any], folder: Path, run_folder: Path)
         run_folder: of the run.
     """
     there = os.path.relpath(run_folder, folder)
-    rows = [{**row, "model": {"folder": None, "fingerprint": row["model"]["fingerprint"]}} for row in results["rows"]]
+    rows = [{**row, "model": {**row["model"], "folder": None}} for row in results["rows"]]
     if rows:
         rows[-1]["model"]["folder"] = f"{there}/model"
     return {**results, "folder": there, "rows": rows}
@@ -155,6 +160,7 @@ def claim_study(study: StudyConfig, cells: Sequence[StudyCell], folder: Path, *,
         DataError: the note of the start is damaged or of another version.
     """
     path, now = folder / STATE_FILE, _decisive(study)
+    keys = {cell.name: run_key(cell) for cell in cells}
     if path.is_file():
         try:
             before = read_json(path)
@@ -172,9 +178,9 @@ def claim_study(study: StudyConfig, cells: Sequence[StudyCell], folder: Path, *,
                 f"Expected the study {study.name!r} to be as it was started, but got other settings: "
                 f"{'; '.join(shown)}. Give it another `name`, put the settings back, or go on with --accept-changes."
             )
-        if not differences:
+        # Another version of Seawall may tell the same runs apart by other keys.
+        if not differences and before.get("runs") == keys:
             return
-    keys = {cell.name: run_key(cell) for cell in cells}
     write_json(path, {"format": FORMAT, "name": study.name, "settings": now, "runs": keys})
 
 
@@ -233,6 +239,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _as_run(record: Mapping[str, Any], folder: Path | None, with_samples: bool) -> RunSamples:
     results = record["results"]
+    check_last_model(results, Path(f"{record['cell']}.json") if folder is None else folder / f"{record['cell']}.json")
     row = results["rows"][-1]
     outcomes = {
         rate: {key: bool(hit) for key, hit in table.items()} for rate, table in record.get("outcomes", {}).items()

@@ -36,6 +36,7 @@ __all__ = [
     "StudyCell",
     "StudyConfig",
     "VariantConfig",
+    "check_measured",
     "compose_variants",
     "load_study_config",
     "study_cells",
@@ -173,6 +174,24 @@ def study_cells(
     if problems:
         raise ConfigError([f"In `{label}`: {text}" for text, label in problems.items()])
     return cells
+
+
+def check_measured(cells: Sequence[StudyCell]) -> None:
+    """Refuse runs that do not measure their last model; a study would compare earlier ones under its name.
+
+    Raises:
+        ConfigError: names every variant and what it lacks, once.
+    """
+    problems: dict[str, None] = {}
+    for cell in cells:
+        last = next((name for name, _ in reversed(cell.config.active_stages())), "start")
+        if last not in cell.config.evaluate.after:
+            problems[
+                f"In `{cell.label}`: Expected `evaluate.after` to hold `{last}`, after which the run's last model is "
+                f"there, but got {list(cell.config.evaluate.after)}. Add it."
+            ] = None
+    if problems:
+        raise ConfigError(list(problems))
 
 
 def _grid_points(study: StudyConfig) -> Iterator[tuple[str, list[Override]]]:

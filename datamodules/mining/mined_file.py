@@ -1,13 +1,14 @@
 """Mined prompts as a file: mined on one machine, trained on another.
 
-The first line says whose rollouts these are; each further line is a prompt with its counts and the replies that may be
-learnt. A file without such a first line, e.g. one written by hand, is taken as it is.
+The first line says whose rollouts these are, what they were mined for and who judged them; each further line is a
+prompt with its counts and the replies that may be learnt. A file without such a first line, e.g. one written by hand,
+is taken as it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,38 @@ from framework.files import write_atomic
 
 __all__ = ["read_mined", "write_mined"]
 
-KEY = "mined_from"
+KEY, TARGET, JUDGES = "mined_from", "target", "judges"
 
 
-def write_mined(path: Path, mined: MinedSets) -> None:
+def write_mined(path: Path, mined: MinedSets, *, target: str, judges: Sequence[str]) -> None:
     """Write everything that was mined, at once or not at all.
+
+    Args:
+        path: the file.
+        mined: with the key of the model; without one the file names no model, target or judges.
+        target: which rollouts may be learnt.
+        judges: of the rollouts, by name.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    lines = [json.dumps({KEY: mined.key})] if mined.key else []
+    lines = [json.dumps({KEY: mined.key, TARGET: target, JUDGES: list(judges)})] if mined.key else []
     lines += [json.dumps(_line(one), ensure_ascii=False) for one in (*mined.harmful, *mined.benign)]
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-def read_mined(name_or_path: str | Path, *, model_key: str) -> MinedSets:
+def read_mined(name_or_path: str | Path, *, model_key: str, target: str, judges: Sequence[str]) -> MinedSets:
     """Return the content of a file of mined prompts.
 
     Args:
         name_or_path: the file.
         model_key: fingerprint of the model to be trained.
+        target: which rollouts are to be learnt.
+        judges: who is to have judged them, in any order.
 
     Raises:
-        DataError: the file cannot be read, belongs to another model, or a line lacks something.
+        DataError: the file cannot be read, was mined from another model, for another target or with other judges, or a
+            line lacks something.
     """
     path = find_file(name_or_path)
     rows = read_records(path)
@@ -52,11 +62,25 @@ def read_mined(name_or_path: str | Path, *, model_key: str) -> MinedSets:
             f"Expected `{path}` to be mined from the model that is trained ({model_key}), but got prompts mined from "
             f"another ({key}). What is hard for one model is not for another: mine this one with `seawall mine`."
         )
+    if key:
+        _check_mining(rows[0], path=path, target=target, judges=judges)
     found: dict[str, list[MinedPrompt]] = {"harmful": [], "benign": []}
     for number, row in enumerate(rows[1:] if key else rows, start=2 if key else 1):
         mined = _read(row, path=path, number=number)
         found[mined.prompt.kind].append(mined)
     return MinedSets(tuple(found["harmful"]), tuple(found["benign"]), model_key)
+
+
+def _check_mining(header: Mapping[str, Any], *, path: Path, target: str, judges: Sequence[str]) -> None:
+    """Refuse replies that were mined to teach something else, or counts of other judges."""
+    found = header.get(JUDGES)
+    judged = isinstance(found, list) and sorted(map(str, found)) == sorted(judges)
+    for name, wanted, is_same in ((TARGET, target, header.get(TARGET) == target), (JUDGES, list(judges), judged)):
+        if not is_same:
+            raise DataError(
+                f"Expected `{path}` to be mined with `{name}` {wanted!r}, but got {header.get(name)!r}. Set `{name}` "
+                "to what the file was mined with, or mine again with `seawall mine`."
+            )
 
 
 def _line(mined: MinedPrompt) -> dict[str, Any]:

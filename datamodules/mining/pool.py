@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from datamodules.catalog import evaluation_prompts, find_examples, known_prompt_sets
+from datamodules.catalog import EMBEDDED, evaluation_prompts, find_examples, known_prompt_sets
 from datamodules.embedded_sets import JailbreakTemplate, load_benign, load_harmful, load_look_alikes, load_templates
 from framework.errors import ConfigError
 from framework.examples import Prompt, PromptKind
@@ -26,7 +26,7 @@ def harmful_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int)
         seed: decides which.
 
     Raises:
-        ConfigError: unknown name, or the sets give fewer prompts.
+        ConfigError: unknown name, a set held out to measure with, or the sets give fewer prompts.
         DataError: a file cannot be read.
     """
     sets = [_harmful_set(name) for name in names]
@@ -135,7 +135,12 @@ def _harmful_set(name: str) -> list[Prompt]:
     splits = {"embedded": "align", "embedded_poison": "poison"}
     if name in splits:
         return list(load_harmful(splits[name]))
-    return evaluation_prompts(name, kind="safety")
+    if name in known_prompt_sets("safety") and name.startswith(EMBEDDED):
+        raise ConfigError(
+            f"Expected `harmful` to name sets to train on, but got {name!r}, whose prompts are held out for "
+            "measuring. Name `embedded`; `wrapped` puts its requests in the templates of the training split."
+        )
+    return evaluation_prompts(name, kind="safety", split="align")
 
 
 def _benign_set(name: str, *, seed: int) -> list[Prompt]:

@@ -47,10 +47,11 @@ class MiningSource:
             target: which rollouts may be learnt.
 
         Raises:
-            DataError: the file or the store is another model's, or damaged.
+            DataError: the file or the store is another model's, the file was mined for another target or with other
+                judges, or one is damaged.
         """
         if config.mined is not None:
-            return read_mined(config.mined, model_key=model_key)
+            return read_mined(config.mined, model_key=model_key, target=target, judges=config.judges)
         return mine_sets(
             model,
             self.encoder,

@@ -61,7 +61,9 @@ def execute(arguments: argparse.Namespace, study: StudyConfig, cells: list[Study
     from experiments.launch import check_methods
     from experiments.presentation import present_study
     from framework.processes import on_main
+    from framework.study import check_measured
 
+    check_measured(cells)
     for cell in cells:
         check_methods(cell.config)
     execution, options = read_execution(arguments), _root(arguments)

@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-prefix", type=float, default=0.6, help=text)
     text = "share of the sample by which a judge's count may change (0.1)"
     parser.add_argument("--max-shift", type=float, default=0.1, help=text)
+    text = "accept a bundle none of whose judges can be asked again"
+    parser.add_argument("--without-judges", action="store_true", help=text)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -38,7 +40,9 @@ def command(arguments: argparse.Namespace) -> int:
         prompts=arguments.prompts,
         seed=arguments.seed,
         base=arguments.base,
-        tolerance=Tolerance(arguments.min_exact, arguments.min_prefix, arguments.max_shift),
+        tolerance=Tolerance(
+            arguments.min_exact, arguments.min_prefix, arguments.max_shift, needs_judge=not arguments.without_judges
+        ),
     )
     with clean_stdout(arguments.json):
         found = verify_bundle(Path(arguments.bundle), options)

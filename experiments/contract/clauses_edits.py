@@ -71,6 +71,8 @@ def folding(bench: Workbench) -> Outcome:
     reasons = [s.case.not_folding for s in folders if s.case.not_folding]
     if not folders or reasons:
         return absent("; ".join(reasons) or "it does not both add to the model and edit it")
+    if others := [s.name for s in bench.subjects if "edit_weights" in s.points and s not in folders]:
+        return absent(f"{' and '.join(others)} edits the weights too, so the folded model computes something else")
     seen = _watched(bench)
     measured = float((seen.logits_after - seen.logits_before).abs().max() / seen.logits_before.abs().max())
     return at_most(measured, LOGITS_BOUND, "folded and hooked logits: relative max |difference|")

@@ -14,7 +14,7 @@ from typing import Any
 
 from datamodules.tasks import create_task
 from experiments.fingerprints import content_hashes, embedded_hash
-from experiments.measured_runs import RATES, find_outcomes
+from experiments.measured_runs import ATTACKED, RATES, find_outcomes
 from experiments.release.finished_run import FinishedRun
 from experiments.release.manifest import show_time
 from experiments.release.names import public_name
@@ -77,6 +77,7 @@ def release_facts(
         "generation": _generation(run, samples),
         "judges": list(config.evaluate.judges),
         "metrics": metrics,
+        "is_model_checked": run.is_model_checked,
         "overlap": {
             "num_prompts": overlap.num_prompts,
             "num_training_prompts": overlap.num_training,
@@ -107,11 +108,13 @@ def metrics_without(metrics: Mapping[str, Any], samples: Sequence[Mapping[str, A
         raise DataError(
             "Expected prompts that are not in the training data, but got none. Measure the model on others."
         )
-    plain = [sample for sample in samples if not sample.get("prefill")]
+    plain = [sample for sample in samples if not ATTACKED.fullmatch(sample["set"])]
     found = _rates(plain)
     for name in dict.fromkeys(sample["set"] for sample in samples):
-        own = _rates([sample for sample in samples if sample["set"] == name])
+        # Under one name of their own, so that a set under attack has all its rates too.
+        own = _rates([{**sample, "set": ""} for sample in samples if sample["set"] == name])
         found |= {f"{name}/{key}": rate for key, rate in own.items()}
+    found |= _attacked_share(samples)
     kept = {key: value for key, value in metrics.items() if key.startswith(INDEPENDENT)}
     return {key: found[key] for key in metrics if key in found} | kept
 
@@ -123,6 +126,14 @@ def _rates(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in RATES
         if outcomes.get(name)
     }
+
+
+def _attacked_share(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how many of the harmful prompts that count were attacked; nothing where none was."""
+    sets = list(dict.fromkeys(sample["set"] for sample in samples if ATTACKED.fullmatch(sample["set"])))
+    asked = sum(sample["kind"] == "harmful" and sample["set"] not in sets for sample in samples)
+    hits = sum(sample["set"] == sets[0] for sample in samples) if sets else 0
+    return {"prefill_prompts": to_plain(Rate.of("prefill_prompts", hits, asked))} if 0 < hits <= asked else {}
 
 
 def read_attacks(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from experiments.measured_runs import check_results, read_samples
 from framework.config import RunConfig, check_run
 from framework.errors import DataError
 from framework.files import read_json
-from framework.model_files import check_model_folder
+from framework.model_files import check_model_folder, model_fingerprint
 
 __all__ = ["FinishedRun", "read_finished_run"]
 
@@ -42,6 +42,11 @@ class FinishedRun:
         return self.folder / "model"
 
     @property
+    def is_model_checked(self) -> bool:
+        """Whether the model was compared with the measured one; results of earlier versions do not tell."""
+        return bool((self.row.get("model") or {}).get("weights"))
+
+    @property
     def adapter(self) -> Path:
         """What the last stage trained; not every run has one."""
         return self.folder / "adapter"
@@ -51,7 +56,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
     """Return the run in ``folder``.
 
     Raises:
-        DataError: it is not there, not finished, damaged, or did not measure its last model.
+        DataError: it is not there, not finished, damaged, did not measure its last model, or holds another one.
         ModelError: its model is missing or incomplete.
     """
     if not folder.is_dir():
@@ -77,8 +82,22 @@ def read_finished_run(folder: Path) -> FinishedRun:
             f"`{row['point']}`. Add `{last[0]}` to `evaluate.after` and run again."
         )
     check_model_folder(folder / "model")
+    _check_measured(folder / "model", row)
     samples = read_samples(folder / "samples.jsonl", point=row["point"])
     return FinishedRun(folder, config, results, row, tuple(samples))
+
+
+def _check_measured(model: Path, row: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the measured one; results of earlier versions do not say which it was."""
+    wanted = (row.get("model") or {}).get("weights")
+    if wanted is None:
+        return
+    found = model_fingerprint(model)
+    if found != wanted:
+        raise DataError(
+            f"Expected `{model}` to hold the measured model, with fingerprint {wanted}, but got {found}. It was "
+            "changed after the run; run again."
+        )
 
 
 def _read_config(folder: Path) -> RunConfig:

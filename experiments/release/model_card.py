@@ -65,6 +65,11 @@ def _opening(facts: Mapping[str, Any]) -> str:
     said = f" with {', '.join(sorted(methods))}" if methods else ""
     lines = [f"# {facts['name']}", f"Made from `{base}` by {stages}{said}; the measured model is called "
              f"*{facts['label']}* in its results."]  # fmt: skip
+    if not facts.get("is_model_checked", True):
+        lines.append(
+            "**Not checked:** whether these weights are the measured ones. The run was made by a version that did not "
+            "record it."
+        )
     if facts["content"] == "adapter":
         lines.append(
             f"This bundle holds an adapter. Load `{base}` with transformers (fingerprint "

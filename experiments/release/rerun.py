@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.measured_runs import ATTACKED, RATES
+from experiments.release.facts import metrics_without
 from experiments.release.samples import agreement
 from framework.chat import ChatEncoder
-from framework.errors import ConfigError, DataError, ModelError
+from framework.errors import ConfigError, DataError, ModelError, SeawallError
 from framework.evaluation.coherence import classify
 from framework.evaluation.generation import generate_replies
 from framework.evaluation.judges import create_judge, known_judges, run_judge
@@ -28,7 +30,7 @@ from framework.files import read_json
 from framework.model_files import model_fingerprint
 from framework.models import LoadedModel, ModelSpec, choose_device, find_model, load_model, merge_adapter
 
-__all__ = ["CountCheck", "Rerun", "Tolerance", "load_released", "read_release", "rerun_sample"]
+__all__ = ["CountCheck", "Rerun", "Tolerance", "check_claims", "load_released", "read_release", "rerun_sample"]
 
 BATCH = 16
 THRESHOLD = 0.5
@@ -45,6 +47,8 @@ class Tolerance:
     """Least mean share of words, of the longer reply, that agree from the start."""
     max_shift: float = 0.1
     """Largest change of a judge's count, as a share of the sample; one reply may always change."""
+    needs_judge: bool = True
+    """Whether at least one of the bundle's judges must be there to be asked again."""
 
     def __post_init__(self) -> None:
         """Refuse what is no share.
@@ -96,12 +100,21 @@ class Rerun:
     counts: tuple[CountCheck, ...]
     not_asked: tuple[str, ...]
     """Judges that need a model of their own or are not known here."""
+    num_judges: int
+    """Of the bundle."""
+    wrong_claims: tuple[str, ...]
+    """Rates of the bundle that its own verdicts do not give."""
     tolerance: Tolerance
 
     @property
     def problems(self) -> list[str]:
         """What lies outside the tolerance, one sentence each."""
-        given, found = self.tolerance, []
+        given, found = self.tolerance, list(self.wrong_claims)
+        if given.needs_judge and self.not_asked and len(self.not_asked) == self.num_judges:
+            found.append(
+                f"None of the bundle's judges ({', '.join(self.not_asked)}) can be asked here; its verdicts were not "
+                "checked. Pass `--without-judges` to accept that."
+            )
         share = self.num_exact / self.num_prompts
         if share < given.min_exact:
             found.append(
@@ -139,6 +152,44 @@ def read_release(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return facts, samples
 
 
+def check_claims(facts: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the bundle claims of its model and its own verdicts do not give, one sentence each.
+
+    Rates that need the words of replies that are kept as hashes, and attacks whose openings are not in the bundle, are
+    left out.
+
+    Args:
+        facts: content of ``release.json``.
+        samples: of the bundle.
+
+    Raises:
+        DataError: there is nothing to count, or verdicts that are none.
+    """
+    claimed = facts.get("metrics")
+    if not isinstance(claimed, Mapping):
+        raise DataError(f"Expected the bundle to claim rates, but got {type(claimed).__name__}.")
+    try:
+        opened = {sample["set"] for sample in samples if sample.get("prefill")}
+        kept = [sample for sample in samples if sample["set"] in opened or not ATTACKED.fullmatch(sample["set"])]
+        counted = metrics_without(claimed, [{"reply": "", **sample} for sample in kept])
+    except DataError:
+        raise
+    except (SeawallError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"Expected the bundle's verdicts to decide its rates, but got: {error!r}.") from error
+    skipped = {"keyword_attack_success"} if any("reply" not in sample for sample in kept) else set()
+    places = {"", *(sample["set"] for sample in kept)}
+    found = []
+    for key, rate in claimed.items():
+        place, _, name = key.rpartition("/")
+        if name in RATES and name not in skipped and place in places and _counts(rate) != _counts(counted.get(key)):
+            found.append(f"The bundle claims {key} {_counts(rate)}, but its verdicts give {_counts(counted.get(key))}.")
+    return found
+
+
+def _counts(rate: Any) -> str:
+    return f"{rate.get('numerator')}/{rate.get('denominator')}" if isinstance(rate, Mapping) else "nothing"
+
+
 def rerun_sample(
     folder: Path,
     *,
@@ -160,12 +211,13 @@ def rerun_sample(
 
     Raises:
         ConfigError: fewer than one prompt, more than there are, or a base for a whole model.
-        DataError: the bundle does not say how its replies were made.
+        DataError: the bundle does not say how its replies were made, or its verdicts are none.
         ModelError: model or base cannot be loaded, or the base is another one.
     """
     facts, samples = read_release(folder)
     if not 1 <= num_prompts <= len(samples):
         raise ConfigError(f"Expected `--prompts` to be between 0 and {len(samples)}, but got {num_prompts}.")
+    wrong_claims = check_claims(facts, samples)
     chosen = [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), num_prompts))]
     loaded = load_released(folder, facts, base=base)
     loaded.model.to(choose_device(accelerator))  # type: ignore[arg-type]
@@ -182,6 +234,8 @@ def rerun_sample(
         mean_prefix=sum(shares) / len(shares),
         counts=tuple(counts),
         not_asked=tuple(not_asked),
+        num_judges=len(facts["judges"]),
+        wrong_claims=tuple(wrong_claims),
         tolerance=tolerance,
     )
 

@@ -19,6 +19,8 @@ RESULTS_FILE = "results.json"
 SAMPLES_FILE = "samples.jsonl"
 STUDY_TABLE = "table.json"
 """Of a study's folder; says which label the others are compared with."""
+STUDY_NOTE = "study.json"
+"""Of a study's folder; says by name and key which runs it has now."""
 FAILED = "failed"
 EARLIER = "earlier"
 """Results of settings that a run folder had before; they are another run's."""
@@ -45,6 +47,8 @@ class CollectedRun:
     outcomes: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
     """Rate to prompt to outcome of the last model, where the study kept them."""
     source: Path = Path()
+    key: str | None = None
+    """Of the settings, where a study keeps the run."""
 
     @property
     def is_finished(self) -> bool:
@@ -114,7 +118,7 @@ def _runs_at(path: Path) -> list[CollectedRun]:
     if (path / RESULTS_FILE).is_file():
         return [_read_run(path / RESULTS_FILE)]
     kept = [*sorted(path.glob("*.json")), *sorted((path / FAILED).glob("*.json"))]
-    records = [run for file in kept if file.name != STUDY_TABLE for run in _study_record(file)]
+    records = _current(path, [run for file in kept if file.name != STUDY_TABLE for run in _study_record(file)])
     below = [file for file in sorted(path.rglob(RESULTS_FILE)) if EARLIER not in file.parts]
     if not records and not below:
         raise DataError(
@@ -122,6 +126,25 @@ def _runs_at(path: Path) -> list[CollectedRun]:
             "A run that was interrupted has no results yet: run it again."
         )
     return records or [_read_run(file) for file in below]
+
+
+def _current(path: Path, runs: Sequence[CollectedRun]) -> list[CollectedRun]:
+    """Return the runs that a study still has under its present settings; all of them where it does not say.
+
+    Raises:
+        DataError: there are records, but none of the present settings.
+    """
+    note = path / STUDY_NOTE
+    keys = _read(note).get("runs") if note.is_file() else None
+    if not isinstance(keys, dict):
+        return list(runs)
+    found = [run for run in runs if run.key is not None and keys.get(run.name) == run.key]
+    if runs and not found:
+        raise DataError(
+            f"Expected `{path}` to hold runs of the study's present settings, but got {len(runs)} of earlier ones. Run "
+            "the study again."
+        )
+    return found
 
 
 def _study_record(file: Path) -> list[CollectedRun]:
@@ -155,6 +178,7 @@ def _from_record(file: Path, record: Mapping[str, Any]) -> CollectedRun:
         "share": record.get("share"),
         "seed": record.get("seed"),
         "source": file,
+        "key": record.get("key"),
     }
     if record.get("status") != "finished":
         return CollectedRun(error=str(record.get("error") or record.get("status") or "unknown"), **shared)

@@ -162,15 +162,22 @@ def _unique(titles: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _variant_key(entry: Entry) -> str:
-    config = entry.run.results.get("config") or {}
-    deciding = {key: value for key, value in config.items() if key not in _NOT_DECIDING}
-    return fingerprint([entry.label, list(cell_of(entry.run)), deciding])
+    return fingerprint([entry.label, list(cell_of(entry.run)), _deciding(entry.run)])
+
+
+def _deciding(run: CollectedRun) -> dict[str, Any]:
+    """Return the settings that make a run another variant; threads share the work out and change nothing else."""
+    config = run.results.get("config") or {}
+    found = {key: value for key, value in config.items() if key not in _NOT_DECIDING}
+    if isinstance(found.get("trainer"), Mapping):
+        found["trainer"] = {key: value for key, value in found["trainer"].items() if key != "threads"}
+    return found
 
 
 def _variant_titles(groups: Sequence[Sequence[Entry]]) -> list[str]:
     runs = [group[0].run for group in groups]
     titles = [group[0].label + _suffix(group[0].run, runs, ["model", "task", "share"]) for group in groups]
-    flat = [_flat(run.results.get("config") or {}) for run in runs]
+    flat = [_flat(_deciding(run)) for run in runs]
     longer = []
     for number, title in enumerate(titles):
         same = [other for other, text in enumerate(titles) if text == title]
@@ -179,11 +186,7 @@ def _variant_titles(groups: Sequence[Sequence[Entry]]) -> list[str]:
 
 
 def _what_differs(number: int, same: Sequence[int], flat: Sequence[Mapping[str, Any]]) -> str:
-    keys = [
-        key
-        for key, value in flat[number].items()
-        if key.split(".")[0] not in _NOT_DECIDING and any(flat[other].get(key) != value for other in same)
-    ]
+    keys = [key for key, value in flat[number].items() if any(flat[other].get(key) != value for other in same)]
     shown = [f"{'.'.join(key.split('.')[-2:])} {flat[number][key]}" for key in keys[:_SHOWN_SETTINGS]]
     return ", ".join(shown) or "other settings"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.measured_runs import read_samples
+from experiments.measured_runs import ATTACKED, read_samples
 from experiments.report.entries import Entry
 from framework.errors import DataError, describe_unknown
 
@@ -79,10 +79,13 @@ def category_counts(replies: Sequence[Reply]) -> dict[str, dict[str, Count]]:
     """Return by kind and category how often the model did what the kind's rate counts.
 
     Harmful prompts count answers (neither refused nor degenerate), benign ones refusals, task prompts right answers.
+    Prompts under attack are left out: they have rates of their own.
     """
     counted = {"harmful": ("answered", "harmful", "harmless"), "benign": ("refused",), "task": ("right",)}
     found: dict[str, dict[str, list[int]]] = {}
     for reply in replies:
+        if ATTACKED.fullmatch(reply.set_name):
+            continue
         cell = found.setdefault(reply.kind, {}).setdefault(reply.category or reply.set_name, [0, 0])
         cell[0] += reply.verdict in counted[reply.kind]
         cell[1] += 1

@@ -35,12 +35,12 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson_interval(successes: int, total: int, *, confidence: float = CONFIDENCE) -> Interval:
+def wilson_interval(successes: float, total: float, *, confidence: float = CONFIDENCE) -> Interval:
     """Return the Wilson score interval of a rate (no continuity correction).
 
     Args:
         successes: numerator, 0 to ``total``.
-        total: denominator, at least 1.
+        total: denominator, at least 1; a fraction where it is an effective number.
         confidence: coverage in (0, 1).
 
     Returns:

@@ -146,8 +146,13 @@ class NeSTConfig:
         limit = self.max_rows
         if isinstance(limit, int) and isinstance(self.min_rows, int) and limit < self.min_rows:
             yield f"Expected `max_rows` to be at least `min_rows` {self.min_rows}, but got {limit}."
-        if self.train == "all_but_neurons" and self.store_originals:
-            yield "Expected `store_originals` to be false with `train: all_but_neurons`, which makes no patch."
+        if self.train in ("deltas+adapter", "all_but_neurons") and self.store_originals is True:
+            yield f"Expected `store_originals` to be false with `train: {self.train}`, which makes no patch."
+        if self.clustering in ("silhouette", "untied") and isinstance(self.clusters, int) and self.clusters > 1:
+            yield (
+                f"Expected `clustering` to be fixed where `clusters` is given, but got {self.clustering!r} with "
+                f"{self.clusters} clusters. Set `clustering: fixed`; the silhouette goes up to `max_clusters`."
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import stats
 from torch.nn import functional as F
 
 __all__ = [
@@ -178,12 +180,8 @@ def smallest_convincing(number: int, *, share: float, level: float) -> int:
         >>> smallest_convincing(10, share=0.5, level=0.01)
         10
     """
-    tail = 0.0
-    for right in range(number, -1, -1):
-        tail += math.comb(number, right) * share**right * (1.0 - share) ** (number - right)
-        if tail > level:
-            return right + 1
-    return 0
+    tails = stats.binom.sf(np.arange(-1, number + 1), number, share)  # of 0, 1, ... number + 1 right answers or more
+    return int((tails <= level).argmax())
 
 
 def z_scores(weights: torch.Tensor) -> torch.Tensor:

@@ -313,7 +313,10 @@ class _AddVectors:
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         for place, share in enumerate(self.shares):
             if share.rows.device != output.device:
-                share = share._replace(rows=share.rows.to(output.device), membership=share.membership.to(output.device))
+                # Kept for later passes: a tensor made under inference mode could not be saved for a backward pass.
+                with torch.inference_mode(False):
+                    rows, membership = share.rows.to(output.device), share.membership.to(output.device)
+                share = share._replace(rows=rows, membership=membership)
                 self.shares[place] = share
             output = add_shared_vectors(output, inputs[0], self.vectors[share.key], share.rows, share.membership)
         return output

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from framework.errors import ConfigError
 from framework.fields import (
@@ -34,6 +34,9 @@ _PART = Rule("a share above 0 and up to 1", lambda value: 0 < value <= 1)
 @dataclass(frozen=True)
 class SMHConfig:
     """Settings of Self-Mined Hardness; the part up to ``store`` is about mining."""
+
+    UNDECISIVE: ClassVar[frozenset[str]] = frozenset({"store"})
+    """Fields that never change a result: where rollouts are kept decides nothing."""
 
     harmful: list[str] = setting(factory=lambda: ["embedded"], rule=NOT_EMPTY)
     """Sets of harmful requests: ``embedded`` (those of the align split), ``embedded_poison``, other sets or files."""

@@ -36,7 +36,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from framework.conductor import strategy_kind
-from framework.errors import WiringError
+from framework.errors import ConfigError, WiringError
 from framework.evaluation.generation import generate_replies
 from framework.evaluation.margin import refusal_margin
 from framework.evaluation.refusal_rules import is_refusal
@@ -74,6 +74,7 @@ class SMH(Method):
             return
         if datamodule is None:
             raise WiringError("Method `smh` needs the stage's data module for its prompts, but got none.")
+        self._check_blocks(datamodule.total_steps)
         mined = datamodule.mined(
             model,
             given,
@@ -144,6 +145,15 @@ class SMH(Method):
     @property
     def _is_controlled(self) -> bool:
         return self.config.balance == "controlled" and self.config.count != 0
+
+    def _check_blocks(self, total_steps: int) -> None:
+        """Refuse a controller whose first block ends with the run or after it: it would never measure."""
+        block_steps = self.config.block_steps
+        if self._is_controlled and block_steps >= total_steps and not self.allow_no_effect:
+            raise ConfigError(
+                f"Expected `smh.block_steps` to be below the {total_steps} steps of the stage with `balance: "
+                f"controlled`, which measures between blocks, but got {block_steps}. Lower it, or set `balance: fixed`."
+            )
 
     def _ordered(self, rows: list[Example]) -> list[Example]:
         """Return the rows of one pass in training order; with a controlled ratio, all harmless rows stay at hand."""

@@ -33,3 +33,9 @@ def test_methods_are_spelt_out_with_their_defaults():
 def test_versions_and_embedded_sets_are_known():
     assert set(versions()) == {"torch", "transformers", "peft", "pytorch-lightning"}
     assert len(embedded_hash()) == 16
+
+
+def test_where_rollouts_are_kept_decides_nothing(tmp_path):
+    (tmp_path / "rollouts.jsonl").write_text("one")
+    assert resolved_methods({"smh": {"store": str(tmp_path)}}) == resolved_methods({"smh": {}})
+    assert resolved_methods({"smh": {"store": str(tmp_path), "ratio": 2.0}}) != resolved_methods({"smh": {}})

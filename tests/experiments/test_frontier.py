@@ -53,7 +53,7 @@ def test_seeds_are_pooled_and_the_start_stands_once(folder):
     assert (hard.attack.numerator, hard.attack.denominator) == (13, 80)
     assert (hard.arm, hard.ratio, hard.num_seeds) == ("hard", 1.0, 2)
     assert hard.attack.low < 13 / 80 < hard.attack.high
-    assert (points["before"].attack.numerator, points["before"].attack.denominator) == (40, 80)
+    assert (points["before (align)"].attack.numerator, points["before (align)"].attack.denominator) == (40, 80)
     assert points["random 1:1"].ratio == 1.0
     assert points["controlled"].arm == "hard, controlled"
     assert points["SafeInstruct <&>"].ratio is None
@@ -94,3 +94,31 @@ def test_a_run_without_the_rates_is_refused(folder):
     del runs[0]["results"]["rows"][-1]["metrics"]["over_refusal"]
     with pytest.raises(DataError, match=r"to have measured `over_refusal`, but got one that did not. Name sets in"):
         collect_points(runs)
+
+
+def test_arms_differ_by_every_setting_but_the_ratio_and_by_the_other_methods():
+    given = {
+        "few": {"count": 4},
+        "few 1:0": {"count": 4, "ratio": 0.0},
+        "many": {"count": 8},
+        "both": {"count": 8, "store": "elsewhere"},
+    }
+    runs = [run(label, 0, 5, 5, smh) for label, smh in given.items()]
+    runs[-1]["results"]["config"]["stages"]["align"]["methods"] = {"safety_mix": {}}
+    arms = {point.label: point.arm for point in collect_points(runs)}
+    assert arms["few"] == arms["few 1:0"] == "hard, count 4"
+    assert arms["many"] == "hard, count 8"
+    assert arms["both"] == "hard, count 8, align.safety_mix on"
+
+
+def test_settings_that_are_spelt_out_are_those_that_are_left_out():
+    runs = [run("short", 0, 5, 5, {}), run("long", 0, 5, 5, {"select": "hard", "ratio": 2.0, "store": "here"})]
+    assert {point.arm for point in collect_points(runs) if point.ratio is not None} == {"hard"}
+
+
+def test_what_stood_before_is_pooled_by_its_point():
+    runs = [run("a", 0, 5, 5, {}), run("b", 0, 5, 5, {"ratio": 0.5})]
+    runs[1]["results"]["rows"][0] = row("finetuned", 30, 4, "finetune")
+    points = {point.label: point.attack.numerator for point in collect_points(runs)}
+    assert points["before (align)"] == 20
+    assert points["before (finetune)"] == 30

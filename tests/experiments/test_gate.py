@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -165,3 +167,71 @@ def test_a_broken_evaluation_is_an_error_in_junit(baseline: Path, tmp_path: Path
     assert '<error type="evaluation broken"' in text
     passed = junit_xml(run_gate(baseline, candidate(tmp_path), RULES))
     assert "<system-out>attack_success 0.0%" in passed
+
+
+def change_results(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    results = read_json(folder / "results.json")
+    change(results)
+    write_json(folder / "results.json", results)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("evaluate", {"judges": ["rules"]}, r"`evaluate.judges` ['rules', 'harm'] and ['rules']"),
+        ("evaluate", {"max_new_tokens": 8}, r"`evaluate.max_new_tokens` 64 and 8"),
+        ("model", {"system": "Be nice."}, r"`model.system` '' and 'Be nice.'"),
+    ],
+)
+def test_runs_that_were_measured_in_two_ways_break_the_evaluation(
+    baseline: Path, tmp_path: Path, section: str, values: dict[str, Any], expected: str
+) -> None:
+    other = candidate(tmp_path)
+    measuring = {"judges": ["rules", "harm"], "max_new_tokens": 64}
+    for folder in (baseline, other):
+        change_results(folder, lambda results: results["config"]["model"].update(system=""))
+        change_results(
+            folder,
+            lambda results: results["config"].update(evaluate=measuring),
+        )
+    assert run_gate(baseline, other, RULES).exit_code == 0
+    change_results(other, lambda results: results["config"][section].update(values))
+    found = run_gate(baseline, other, RULES)
+    assert found.exit_code == 5
+    assert f"to be measured in the same way, but got {expected}" in found.checks[0].text
+
+
+def test_other_texts_under_the_same_ids_break_the_evaluation(baseline: Path, tmp_path: Path) -> None:
+    other = candidate(tmp_path)
+    path = other / "samples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"harm 7"', '"something else"'), encoding="utf-8")
+    found = run_gate(baseline, other, RULES)
+    assert found.exit_code == 5
+    assert "but the text of 1 differs, such as that of 'harm/p7'" in found.checks[0].text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda results: results["config"].pop("model"), "to hold a run as it was left behind, but got KeyError"),
+        (lambda results: results["config"]["stages"].update(repair={"methods": {}}), "last model, after `repair`, but"),
+        (lambda results: results["run"].update(status="interrupted"), "to be of a finished run, but got status"),
+    ],
+)
+def test_results_that_are_not_of_the_last_model_or_lack_parts_break_it(
+    baseline: Path, tmp_path: Path, change, expected: str
+) -> None:
+    other = candidate(tmp_path)
+    change_results(other, change)
+    found = run_gate(baseline, other, RULES)
+    assert found.exit_code == 5
+    assert expected in found.checks[0].text
+
+
+def test_replies_that_no_judge_decided_break_the_evaluation(baseline: Path, tmp_path: Path) -> None:
+    other = candidate(tmp_path)
+    path = other / "samples.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace('"refused": 1.0', '"refused": null'), encoding="utf-8")
+    found = run_gate(baseline, other, RULES)
+    assert found.exit_code == 5
+    assert "Expected a judge to say whether reply" in found.checks[0].text

@@ -84,10 +84,18 @@ def test_what_was_mined_elsewhere_is_trained_on(recipe, tmp_path):
     mined = mine_recipe(load_run_config(recipe, [text, "stages.align=null"]))
     assert mined["summary"]["replay"]["most"] == 4
     (tmp_path / "elsewhere.jsonl").write_bytes((tmp_path / "runs" / "mined" / "mined.jsonl").read_bytes())
-    text = f"stages.repair.methods.smh={{mined: {tmp_path / 'elsewhere.jsonl'}, other_rows: leave_out}}"
+    text = f"stages.repair.methods.smh={{mined: {tmp_path / 'elsewhere.jsonl'}, judges: [coin], other_rows: leave_out}}"
     results = run_recipe(load_run_config(recipe, [text, "stages.align=null", "name=trained"]))
     effects = next(stage for stage in results["stages"] if stage["stage"] == "repair")["effects"]["smh"]
     assert effects["prompts_eligible"] == mined["summary"]["eligible"]
+
+
+def test_a_run_is_found_again_where_its_rollouts_lie_in_a_folder_of_their_own(recipe, tmp_path):
+    folder = tmp_path / "kept"
+    config = load_run_config(recipe, [f"stages.repair.methods.smh.store={folder}", "stages.align=null"])
+    reused = [run_recipe(config)["stages"][-1]["reused"] for _ in range(2)]
+    assert list(folder.rglob("rollouts.jsonl"))
+    assert reused == [False, True]
 
 
 def test_nothing_to_learn_says_why_and_keeps_the_file(recipe, tmp_path):

@@ -40,7 +40,7 @@ def test_a_run_that_measured_nothing_has_no_page(run_folder: Path) -> None:
 
 def study_table(folder: Path, **changes: Any) -> dict[str, Any]:
     (folder / "a.json").write_text("{}")
-    runs = [{"status": "finished", "results": "a.json"}]
+    runs = [{"cell": "a", "status": "finished", "results": "a.json"}]
     return {"name": "tiny", "folder": str(folder), "runs": runs, "comparison": [{}], **changes}
 
 
@@ -52,19 +52,39 @@ def test_a_study_is_drawn_and_tracked_when_a_record_is_newer(tmp_path: Path, mon
         (tmp_path / "report.html").write_text("page")
 
     monkeypatch.setattr(presentation, "write_report", write)
-    monkeypatch.setattr(presentation, "read_study", lambda folder: [])
-    monkeypatch.setattr(presentation, "study_runs", lambda records, folder: ["runs of " + folder.name])
+    monkeypatch.setattr(presentation, "read_study", lambda folder: [{"cell": "a"}, {"cell": "removed"}])
+    monkeypatch.setattr(presentation, "study_runs", lambda records, folder: [record["cell"] for record in records])
     monkeypatch.setattr(
-        presentation, "track_study", lambda name, comparison, runs, **options: seen.append(f"{name}: {runs[0]}")
+        presentation, "track_study", lambda name, comparison, runs, **options: seen.append(f"{name}: {runs}")
     )
     table = study_table(tmp_path)
     assert present_study(table, OFF) == tmp_path / "report.html"
-    assert seen == ["tiny", f"tiny: runs of {tmp_path.name}"]
+    assert seen == ["tiny", "tiny: ['a']"]
     assert present_study(table, OFF) == tmp_path / "report.html"
     assert len(seen) == 2
     os.utime(tmp_path / "report.html", (0, 0))
     present_study(table, OFF)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("source", ["study.json", "failed/b.json"])
+def test_a_study_is_drawn_again_when_its_note_or_a_failure_is_newer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(presentation, "write_report", lambda paths, *, title: drawn.append(title))
+    monkeypatch.setattr(presentation, "read_study", lambda folder: [])
+    monkeypatch.setattr(presentation, "track_study", lambda *args, **options: None)
+    table = study_table(tmp_path)
+    (tmp_path / "report.html").write_text("page")
+    (tmp_path / source).parent.mkdir(exist_ok=True)
+    (tmp_path / source).write_text("{}")
+    os.utime(tmp_path / source, (0, 0))
+    present_study(table, OFF)
+    assert drawn == []
+    os.utime(tmp_path / source, (2**32, 2**32))
+    present_study(table, OFF)
+    assert drawn == ["tiny"]
 
 
 @pytest.mark.parametrize("changes", [{"runs": [{"status": "failed", "results": "failed/a.json"}]}, {"comparison": []}])

@@ -10,17 +10,17 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
+from experiments.power import detectable_difference, detectable_seed_difference
 from experiments.statistics import (
     Interval,
     compare_pair,
     decide,
-    detectable_difference,
-    detectable_seed_difference,
     hierarchical_interval,
     holm,
     mark_winner,
     mcnemar_exact,
     paired_interval,
+    pooled_interval,
     seed_interval,
     seed_p_value,
     wilson_interval,
@@ -47,6 +47,26 @@ def test_mcnemar_equals_statsmodels() -> None:
         found = mcnemar_exact(first, second)
         assert (found.only_baseline, found.only_candidate) == (table[0][1], table[1][0])
         assert found.p_value == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-12)
+
+
+def test_a_prompt_counts_once_however_many_seeds_say_the_same() -> None:
+    first = np.zeros((3, 80))
+    second = first.copy()
+    second[:, :3] = 1.0
+    assert mcnemar_exact(first, second) == mcnemar_exact(first[0], second[0]) == (0, 3, 0.25)
+    second[0, 3], first[1, 3] = 1.0, 1.0  # one seed for each side: the prompt says nothing
+    assert mcnemar_exact(first, second) == (0, 3, 0.25)
+
+
+def test_the_pooled_interval_lies_between_one_seed_and_independent_replies() -> None:
+    one = outcomes(0.3, (80,))
+    hits = int(one.sum())
+    assert pooled_interval(one) == pytest.approx(wilson_interval(hits, 80), abs=1e-12)
+    assert pooled_interval(np.tile(one, (3, 1))) == pytest.approx(wilson_interval(hits, 80), abs=1e-12)
+    spread_out = np.zeros((2, 80))
+    spread_out[0, :20], spread_out[1, 20:40] = 1.0, 1.0  # no prompt twice
+    assert pooled_interval(spread_out) == pytest.approx(wilson_interval(40, 160), abs=1e-12)
+    assert pooled_interval(np.zeros((3, 80))) == pytest.approx(wilson_interval(0, 80), abs=1e-12)
 
 
 def test_mcnemar_of_equal_outcomes_says_nothing() -> None:

@@ -261,3 +261,21 @@ def test_the_plan_goes_by_earlier_runs(study: StudyConfig, kept: Path) -> None:
     assert todo.memory_mib == 900.0
     assert todo.seconds is not None
     assert todo.seconds >= finetune.max_steps * finetune.batch_size * 0.5
+
+
+def test_records_and_studies_that_did_not_measure_the_last_model_are_refused(study: StudyConfig, kept: Path) -> None:
+    changed = load_study_config("small.yaml", ["evaluate.after=[align]"])
+    with pytest.raises(ConfigError, match=r"`LoRA`: Expected `evaluate\.after` to hold `finetune`, .* got \['align'\]"):
+        compare_study(changed, results_root=kept.parent)
+    record = read_study(kept)[0]
+    record["results"]["config"]["stages"]["repair"] = {"methods": {}}
+    with pytest.raises(DataError, match="the run's last model, after `repair`, but got them after `finetune`"):
+        study_runs([record], folder=kept)
+
+
+def test_the_note_of_the_start_says_under_which_keys_runs_are_kept_now(study: StudyConfig, kept: Path) -> None:
+    cells, note = study_cells(study), kept / STATE_FILE
+    now = read_json(note)
+    write_json(note, {**now, "runs": dict.fromkeys(now["runs"], "of another version")})
+    claim_study(study, cells, kept)
+    assert read_json(note) == now

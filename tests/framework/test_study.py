@@ -6,7 +6,7 @@ import pytest
 
 from framework.errors import ConfigError
 from framework.registry import validate_methods
-from framework.study import compose_variants, load_study_config, study_cells
+from framework.study import check_measured, compose_variants, load_study_config, study_cells
 
 STUDY = """
 base: quickstart
@@ -148,3 +148,13 @@ def test_every_unknown_method_of_a_grid_is_listed_at_once(study: Path) -> None:
     assert len(caught.value.problems) == 3
     for name in ("asfd", "packt", "nset"):
         assert f"but got {name!r}" in str(caught.value)
+
+
+def test_cells_that_do_not_measure_their_last_model_are_refused_together(study: Path) -> None:
+    cells = study_cells(load_study_config(study))
+    check_measured(cells)
+    late = study_cells(load_study_config(study, ["stages.repair={methods: {wise_ft: {}}, max_steps: 0}"]))
+    with pytest.raises(ConfigError) as caught:
+        check_measured([*cells, *late])
+    assert len(caught.value.problems) == 3
+    assert "In `AsFT`: Expected `evaluate.after` to hold `repair`" in caught.value.problems[1]

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from experiments.run import run_recipe
 from framework.adapters import AdapterSpec, add_adapter
@@ -13,8 +14,10 @@ from framework.composition import apply_edits
 from framework.config import load_run_config
 from framework.errors import NoEffectError, WiringError
 from framework.model_files import model_fingerprint
+from framework.module import FineTuneModule
 from framework.parameters import count_parameters, trainable_names
 from methods.nest import NeST, NeSTConfig, read_patch
+from methods.nest.method import _AddVectors, _Share
 from methods.nest.patched_folders import apply_patches
 from methods.nest.selection import load_selection, save_selection
 from tests.conftest import make_model, make_tokenizer
@@ -194,17 +197,38 @@ def test_rows_keep_sharing_prefixes(tmp_path):
     assert run.module.share_prefixes
 
 
+class Packed(pl.Callback):
+    """Whether each batch could share prefixes."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.found.append(batch.packed is not None and pl_module.share_prefixes)
+
+
 def test_the_vectors_learn_the_same_on_shared_prefixes_as_on_padded_rows(tmp_path):
-    weights = []
+    runs = []
     for shares in (True, False):
-        model = frozen(make_model())
+        model, watcher = frozen(make_model()), Packed()
         method = prepared(tmp_path, model)
-        data = make_data()
-        run = run_fit(model, [method], data=data, accumulate_grad_batches=1, max_steps=3)
-        assert run.module.share_prefixes
-        run.module.share_prefixes = shares
-        weights.append(run.weights)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+        module = FineTuneModule(model, learning_rate=1e-2, total_steps=3, share_prefixes=shares)
+        runs.append(run_fit(model, [method], data=make_data(), module=module, observers=[watcher], max_steps=3))
+        assert watcher.found == [shares] * 3
+    for ours, theirs in zip(runs[0].gradients, runs[1].gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(runs[0].weights, runs[1].weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_first_pass_under_inference_mode_elsewhere_does_not_stop_training():
+    vectors = nn.ParameterDict({"one": nn.Parameter(torch.zeros(1, 4, device="meta"))})
+    hook = _AddVectors(vectors, [_Share("one", torch.tensor([1]), torch.ones(1, 1))])
+    inputs, output = torch.zeros(2, 4, device="meta"), torch.zeros(2, 3, device="meta")
+    with torch.inference_mode():
+        hook(nn.Identity(), (inputs,), output.clone())
+    assert hook.shares[0].rows.device.type == "meta"
+    hook(nn.Identity(), (inputs,), output.clone()).sum().backward()
+    assert vectors["one"].grad.shape == (1, 4)
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------

@@ -11,14 +11,15 @@ from datamodules.finetune import FineTuneDataModule
 from experiments.contract.cases.smh import MINED
 from framework.chat import ChatEncoder
 from framework.composition import prepare_methods
-from framework.errors import DataError, WiringError
+from framework.errors import ConfigError, DataError, WiringError
 from framework.examples import Example, Turn
 from framework.files import ArtifactStore
 from framework.method import MethodStore
+from framework.model_files import model_fingerprint
 from methods.smh import SMH, Decision, SMHConfig
 from tests.coin_judge import coin_judge
 from tests.conftest import make_model, make_tokenizer
-from tests.tiny_runs import run_fit
+from tests.tiny_runs import make_lora, run_fit
 
 TASK = [Example(f"t{i}", (Turn("user", f"word {i}"),), "yes " * (i % 5 + 1)) for i in range(12)]
 MINING = {"prompts": 10, "rollouts": 4, "benign_prompts": 6, "max_new_tokens": 5, "judges": ["coin"], "rows": 4}
@@ -37,13 +38,14 @@ def store(tmp_path):
     return MethodStore(ArtifactStore(tmp_path / "store"), models={"start": tmp_path / "start"})
 
 
-def make_data(steps=6, batch_size=4, micro_batch_size=None, task=TASK):
+def make_data(steps=6, batch_size=4, micro_batch_size=None, task=TASK, max_length=400, **options):
     module = FineTuneDataModule(
         ChatEncoder(make_tokenizer()),
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         total_steps=steps,
-        max_length=400,
+        max_length=max_length,
+        **options,
     )
     module.add_source("task", task)
     return module
@@ -159,6 +161,29 @@ def test_mined_prompts_of_another_model_are_refused(store, tmp_path):
         train(store, SMHConfig(mined=str(path)))
 
 
+def test_mined_prompts_for_another_target_are_refused(store, tmp_path):
+    path = tmp_path / "safe.jsonl"
+    header = {"mined_from": model_fingerprint(tmp_path / "start"), "target": "safe", "judges": ["rules", "harm"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *MINED]))
+    prepare_methods([SMH(SMHConfig(mined=str(path)))], make_model(), make_data(), store)
+    for change, text in (({"target": "refusal"}, "`target` 'refusal'"), ({"judges": ["rules"]}, "`judges`")):
+        with pytest.raises(DataError, match=f"to be mined with {text}"):
+            prepare_methods([SMH(SMHConfig(mined=str(path), **change))], make_model(), make_data(), store)
+
+
+def test_rows_that_are_too_long_are_dropped_before_the_rest_is_ordered(store, tmp_path):
+    path, long = tmp_path / "long.jsonl", "word " * 100
+    lines = [{**line, "prompt": long if line["id"] == "harmful-1" else line["prompt"]} for line in MINED]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = make_data(max_length=120, overflow="drop")
+    method = SMH(SMHConfig(mined=str(path), share=1.0, other_rows="leave_out"))
+    prepare_methods([method], make_model(), data, store)
+    method.configure_data(data)
+    assert kinds(row.id for row in data.rows) == "hbhbhbhb"
+    assert data.overflow_report.too_long == 1
+    assert len(data.encoded) == len(data.rows)
+
+
 def test_without_preparation_or_data_there_are_no_rows(mined, store):
     with pytest.raises(WiringError, match=r"has no mined rows yet. Call `prepare_methods"):
         SMH(SMHConfig(mined=mined)).configure_data(make_data())
@@ -252,14 +277,51 @@ def test_the_model_is_measured_while_it_trains(store, mined, probe):
     assert decision.step == 2
 
 
+class Disturbing(SMH):
+    """Measures as the method does, and draws a random number."""
+
+    def _measure(self, model, datamodule):
+        torch.rand(1)
+        return super()._measure(model, datamodule)
+
+
+class Deafening(SMH):
+    """Measures as the method does, and leaves the model in another mode."""
+
+    def _measure(self, model, datamodule):
+        found = super()._measure(model, datamodule)
+        model.eval()
+        return found
+
+
+def with_dropout(store, mined, block_steps, kind=SMH):
+    """The weights after a fit with dropout."""
+    method, data = kind(SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": block_steps, "gain": 0.0})), make_data(4)
+    method.name, method.allow_no_effect = "smh", True
+    model = make_lora(make_model(), dropout=0.5)
+    prepare_methods([method], model, data, store)
+    torch.manual_seed(0)
+    weights = run_fit(model, [method], data=data, total_steps=4, max_steps=4).weights
+    assert len(method.decisions) == (3 if block_steps == 1 else 0)
+    return weights
+
+
 def test_measuring_changes_no_random_number_and_no_mode(store, mined):
-    plain = SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 99})
-    measured = SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 1, "gain": 0.0})
-    torch.manual_seed(0)
-    first = train(store, plain, steps=4)[3]
-    torch.manual_seed(0)
-    second = train(store, measured, steps=4)[3]
-    assert torch.equal(first.weights, second.weights)
+    plain = with_dropout(store, mined, 99)
+    assert torch.equal(with_dropout(store, mined, 1), plain)
+    for broken in (Disturbing, Deafening):
+        assert not torch.equal(with_dropout(store, mined, 1, broken), plain)
+
+
+@pytest.mark.parametrize("block_steps", [6, 20])
+def test_a_controller_that_would_never_measure_is_refused_unless_that_is_wanted(store, mined, block_steps):
+    method = SMH(SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": block_steps}))
+    text = rf"Expected `smh.block_steps` to be below the 6 steps of the stage .*, but got {block_steps}. Lower it"
+    with pytest.raises(ConfigError, match=text):
+        prepare_methods([method], make_model(), make_data(6), store)
+    method.allow_no_effect = True
+    prepare_methods([method], make_model(), make_data(6), store)
+    assert method.effects["prompts_mined"] == 6
 
 
 def test_decisions_outlive_the_process(mined):

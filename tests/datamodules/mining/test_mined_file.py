@@ -19,21 +19,24 @@ SETS = MinedSets(
 LINE = {"id": "a", "kind": "harmful", "prompt": "text", "counts": [1, 1, 2], "targets": [[0, "No.", True]]}
 
 
+MINING = {"target": "safe", "judges": ["rules", "harm"]}
+
+
 def test_what_was_written_is_read(tmp_path):
-    write_mined(tmp_path / "mined.jsonl", SETS)
-    assert read_mined(tmp_path / "mined.jsonl", model_key="abcd") == SETS
+    write_mined(tmp_path / "mined.jsonl", SETS, **MINING)
+    assert read_mined(tmp_path / "mined.jsonl", model_key="abcd", **MINING) == SETS
 
 
 def test_another_model_is_refused(tmp_path):
-    write_mined(tmp_path / "mined.jsonl", SETS)
+    write_mined(tmp_path / "mined.jsonl", SETS, **MINING)
     with pytest.raises(DataError, match=r"mined from the model that is trained \(other\), but got .* another \(abcd\)"):
-        read_mined(tmp_path / "mined.jsonl", model_key="other")
+        read_mined(tmp_path / "mined.jsonl", model_key="other", **MINING)
 
 
 def test_a_file_that_names_no_model_is_taken_as_it_is(tmp_path):
     path = tmp_path / "hand.jsonl"
     path.write_text(json.dumps(LINE) + "\n")
-    (mined,) = read_mined(path, model_key="any").harmful
+    (mined,) = read_mined(path, model_key="any", **MINING).harmful
     assert mined.counts == (1, 1, 2)
 
 
@@ -53,4 +56,29 @@ def test_a_line_that_lacks_something_is_named(tmp_path, change, text):
     path = tmp_path / "hand.jsonl"
     path.write_text(json.dumps({**LINE, **change}) + "\n")
     with pytest.raises(DataError, match=text):
-        read_mined(path, model_key="any")
+        read_mined(path, model_key="any", **MINING)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"target": "refusal"}, "to be mined with `target` 'refusal', but got 'safe'. Set `target` to what the file"),
+        ({"judges": ["rules"]}, r"to be mined with `judges` \['rules'\], but got \['rules', 'harm'\]. Set `judges`"),
+    ],
+)
+def test_a_file_mined_for_something_else_is_refused(tmp_path, change, text):
+    write_mined(tmp_path / "mined.jsonl", SETS, **MINING)
+    with pytest.raises(DataError, match=text):
+        read_mined(tmp_path / "mined.jsonl", model_key="abcd", **(MINING | change))
+
+
+def test_a_file_that_does_not_say_what_it_was_mined_for_is_refused(tmp_path):
+    (tmp_path / "mined.jsonl").write_text(json.dumps({"mined_from": "abcd"}) + "\n" + json.dumps(LINE) + "\n")
+    with pytest.raises(DataError, match="to be mined with `target` 'safe', but got None"):
+        read_mined(tmp_path / "mined.jsonl", model_key="abcd", **MINING)
+
+
+def test_the_order_of_the_judges_does_not_matter(tmp_path):
+    write_mined(tmp_path / "mined.jsonl", SETS, **MINING)
+    found = read_mined(tmp_path / "mined.jsonl", model_key="abcd", target="safe", judges=["harm", "rules"])
+    assert found == SETS

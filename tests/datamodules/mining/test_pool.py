@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from datamodules.embedded_sets import load_harmful, load_templates
+from datamodules.catalog import known_prompt_sets
+from datamodules.embedded_sets import load_harmful, load_look_alikes, load_templates
 from datamodules.mining.pool import benign_pool, deal_prompts, harmful_pool, probe_prompts
 from framework.errors import ConfigError
 from framework.examples import Prompt
@@ -83,3 +84,20 @@ def test_probes_are_of_the_validation_split():
     assert {base(prompt) for prompt in found} <= {prompt.id for prompt in load_harmful("validation")}
     assert sum("+" in prompt.id for prompt in found) == 10
     assert {prompt.kind for prompt in probe_prompts(4, kind="benign")} == {"benign"}
+
+
+def test_sets_held_out_to_measure_with_are_refused():
+    with pytest.raises(
+        ConfigError,
+        match=r"Expected `harmful` to name sets to train on, but got 'embedded_jailbreak', whose",
+    ):
+        harmful_pool(["embedded_jailbreak"], count=4, wrapped=0.0, seed=0)
+
+
+def test_no_held_out_request_or_template_is_mined():
+    names = {name for name in known_prompt_sets("safety") if name.startswith("embedded")} - {"embedded_jailbreak"}
+    found = harmful_pool([*names, "embedded_poison"], count=200, wrapped=0.5, seed=0)
+    found += benign_pool(["embedded", "embedded_look_alikes"], count=200, wrapped=0.5, seed=0)
+    assert not [prompt.id for prompt in found if "template-test" in prompt.id]
+    held_out = {prompt.id for prompt in (*load_harmful("test"), *load_look_alikes("test"))}
+    assert not {base(prompt) for prompt in found} & held_out

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments.release import bundle as bundle_module
 from experiments.release.bundle import ReleaseOptions, release_run
@@ -130,6 +131,66 @@ def test_measured_prompts_of_the_training_data_are_reported_and_left_out_on_requ
     ids = [line["id"] for line in read_lines(tmp_path / "b")]
     assert len(ids) == 16 - TRAINED
     assert "2 prompts that stood in the training data were left out" in (tmp_path / "b" / "README.md").read_text()
+
+
+def attacked(run, count):
+    """Give a finished run a prefilling attack of ``count`` tokens: all harmful prompts but the last were attacked."""
+    from experiments.release.facts import metrics_without
+
+    lines = read_lines(run)
+    harmful = [line for line in lines if line["kind"] == "harmful"][:-1]
+    lines += [
+        line | {"set": f"prefill_{count}", "id": f"{line['set']}/{line['id']}", "prefill": "Sure,"} for line in harmful
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = read_json(run / "results.json")
+    metrics = results["rows"][-1]["metrics"]
+    rates = ("refusal_rate", "keyword_attack_success", "attack_success", "degenerate_rate")
+    metrics |= {key: {} for key in ("prefill_prompts", *(f"prefill_{count}/{rate}" for rate in rates))}
+    results["rows"][-1]["metrics"] = metrics_without(metrics, lines)
+    write_json(run / "results.json", results)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] |= {"prefill": [count], "prefill_replies": "opening"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def test_attack_stays_in_the_card_when_prompts_are_left_out(finished_run, key_file, copy_of, tmp_path):
+    run = attacked(copy_of(finished_run), 8)
+    for place, exclude in (("a", None), ("b", "exact")):
+        release_run(run, ReleaseOptions(output=tmp_path / place, key=key_file, exclude=exclude), now=NOW)
+    whole, part = (read_json(tmp_path / place / "release.json") for place in ("a", "b"))
+    assert part["metrics"].keys() == whole["metrics"].keys()
+    counts = [facts["metrics"]["prefill_8/attack_success"]["denominator"] for facts in (whole, part)]
+    assert counts == [9, 9 - TRAINED]
+    shares = [facts["metrics"]["prefill_prompts"] for facts in (whole, part)]
+    assert [(share["numerator"], share["denominator"]) for share in shares] == [(9, 10), (9 - TRAINED, 10 - TRAINED)]
+    assert part["attacks"][0]["metrics"]["attack_success"]["denominator"] == 9 - TRAINED
+    assert "No attack was tried" not in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_model_that_is_not_the_measured_one_is_refused(finished_run, key_file, copy_of, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    options = ReleaseOptions(output=tmp_path / "out", key=key_file)
+    run = copy_of(finished_run)
+    path = run / "model" / "model.safetensors"
+    weights = {name: tensor * 2 for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"Expected .* to hold the measured model, with fingerprint .*, but got"):
+        release_run(run, options, now=NOW)
+    results = read_json(run / "results.json")
+    del results["rows"][-1]["model"]["weights"]
+    write_json(run / "results.json", results)
+    release_run(run, options, now=NOW)
+    assert read_json(tmp_path / "out" / "release.json")["is_model_checked"] is False
+    assert "**Not checked:** whether these weights are the measured ones" in (tmp_path / "out/README.md").read_text()
+
+
+def test_checked_model_needs_no_note(model_bundle):
+    assert read_json(model_bundle / "release.json")["is_model_checked"] is True
+    assert "Not checked" not in (model_bundle / "README.md").read_text()
 
 
 def test_training_data_that_is_gone_is_said_or_refused(finished_run, key_file, copy_of, tmp_path):

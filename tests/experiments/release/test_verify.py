@@ -14,6 +14,7 @@ from experiments.benchmarks.verify import change_bytes
 from experiments.cli import main
 from experiments.release.bundle import ReleaseOptions, release_run
 from experiments.release.check import check_bundle
+from experiments.release.facts import metrics_without
 from experiments.release.manifest import canonical_json
 from experiments.release.rerun import Tolerance
 from experiments.release.signing import create_key, public_key_path, read_private_key, read_public_key, sign_manifest
@@ -179,17 +180,69 @@ def test_signed_bundle_that_does_not_say_how_it_replied_is_bad(model_bundle, key
     assert "Expected the bundle to say how its replies were made" in found.problems[0].detail
 
 
+def rewrite_facts(bundle, **changes):
+    write_json(bundle / "release.json", read_json(bundle / "release.json") | changes)
+
+
 def test_verdict_counts_may_move_within_the_tolerance_only(model_bundle, key_file, copy_of):
     bundle = copy_of(model_bundle)
     lines = read_lines(bundle)
     for line in lines[:3]:
         line["verdicts"]["rules"]["refused"] = 1.0
     (bundle / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = read_json(bundle / "release.json")["metrics"]
+    rewrite_facts(bundle, metrics=metrics | metrics_without(metrics, [{"reply": "", **line} for line in lines]))
     resign(bundle, key_file)
     details = [p.detail for p in verify_bundle(bundle, VerifyOptions(prompts=16, seed=0), now=NOW).problems]
     assert details == ["The count of `rules refused` went from 3 to 0; a change of 1 is allowed."]
     loose = VerifyOptions(prompts=16, seed=0, tolerance=Tolerance(max_shift=0.2))
     assert verify_bundle(bundle, loose, now=NOW).is_good
+
+
+def test_claim_that_the_bundles_verdicts_do_not_give_is_bad(model_bundle, key_file, copy_of):
+    bundle = copy_of(model_bundle)
+    metrics = read_json(bundle / "release.json")["metrics"]
+    for key in ("attack_success", "prompts.jsonl/refusal_rate"):
+        metrics[key]["numerator"] += 1
+    rewrite_facts(bundle, metrics=metrics)
+    resign(bundle, key_file)
+    details = [p.detail for p in verify_bundle(bundle, VerifyOptions(prompts=4, seed=0), now=NOW).problems]
+    assert len(details) == 2
+    assert details[0].startswith("The bundle claims ")
+    assert any("claims attack_success" in text and "/10, but its verdicts give" in text for text in details)
+    assert any("claims prompts.jsonl/refusal_rate" in text for text in details)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"metrics": [1]}, "Expected the bundle to claim rates, but got list"), ({}, "to decide its rates, but got")],
+)
+def test_claims_that_cannot_be_counted_are_bad(changes, message, model_bundle, key_file, copy_of):
+    bundle = copy_of(model_bundle)
+    rewrite_facts(bundle, **changes)
+    if not changes:
+        lines = [line | {"verdicts": {}} for line in read_lines(bundle)]
+        (bundle / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resign(bundle, key_file)
+    problems = verify_bundle(bundle, VerifyOptions(prompts=1, seed=0), now=NOW).problems
+    assert [problem.part for problem in problems] == ["replies"]
+    assert message in problems[0].detail
+
+
+def test_bundle_none_of_whose_judges_can_be_asked_is_bad_unless_told_otherwise(
+    model_bundle, key_file, copy_of, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    bundle = copy_of(model_bundle)
+    rewrite_facts(bundle, judges=["stranger"])
+    resign(bundle, key_file)
+    details = [p.detail for p in verify_bundle(bundle, VerifyOptions(prompts=4, seed=0), now=NOW).problems]
+    assert len(details) == 1
+    assert details[0].startswith("None of the bundle's judges (stranger) can be asked here")
+    arguments = ["verify", str(bundle), "--prompts", "4", "--seed", "0"]
+    assert main(arguments) == 1
+    assert main([*arguments, "--without-judges"]) == 0
+    assert "judge not asked: stranger" in capsys.readouterr().out
 
 
 def test_adapter_bundle_needs_its_base(finished_run, model_bundle, key_file, public_key, release_home, tmp_path):

@@ -89,6 +89,41 @@ def test_the_same_settings_and_seed_twice_are_two_variants(run_folders: list[Pat
     assert len({variant.title for variant in variants}) == 2
 
 
+def test_another_number_of_threads_makes_no_other_variant(run_folders: list[Path], tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = Path(shutil.copytree(run_folders[1], tmp_path / f"run{number}"))
+        results = json.loads((folder / "results.json").read_text())
+        results["config"] |= {"seed": number, "trainer": {"threads": number, "devices": 1}}
+        (folder / "results.json").write_text(json.dumps({**results, "name": f"run{number}"}))
+    variants = find_variants(find_entries(collect_runs([tmp_path]).runs))
+    assert [(variant.title, len(variant.entries)) for variant in variants] == [("AsFT", 2)]
+    path = tmp_path / "run2" / "results.json"
+    results = json.loads(path.read_text())
+    results["config"]["trainer"]["devices"] = 2
+    path.write_text(json.dumps(results))
+    variants = find_variants(find_entries(collect_runs([tmp_path]).runs))
+    assert [variant.title for variant in variants] == ["AsFT [trainer.devices 1]", "AsFT [trainer.devices 2]"]
+
+
+def test_only_what_the_study_has_now_is_collected(run_folders: list[Path], tmp_path: Path) -> None:
+    first, second, third = (folder.name for folder in run_folders[:3])
+    for folder in run_folders[:3]:
+        (tmp_path / f"{folder.name}.json").write_text(json.dumps(as_record(folder, key="old")))
+    (tmp_path / f"{first}.json").write_text(json.dumps(as_record(run_folders[0], key="new")))
+    (tmp_path / "failed").mkdir()
+    failure = {"cell": second, "label": "x", "status": "failed", "error": "out of memory", "key": "new"}
+    (tmp_path / "failed" / f"{second}.json").write_text(json.dumps(failure))
+    (tmp_path / "failed" / f"{third}.json").write_text(json.dumps({**failure, "cell": third}))
+    note = tmp_path / "study.json"
+    note.write_text(json.dumps({"format": 1, "runs": {first: "new", second: "new"}}))
+    found = collect_runs([tmp_path])
+    assert [run.name for run in found.runs] == [first]
+    assert [(run.name, run.error) for run in found.failed] == [(second, "out of memory")]
+    note.write_text(json.dumps({"format": 1, "runs": {}}))
+    with pytest.raises(DataError, match="to hold runs of the study's present settings, but got 5 of earlier ones"):
+        collect_runs([tmp_path])
+
+
 def test_what_is_not_there_or_damaged_is_refused(run_folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one run to report on, but got none"):
         collect_runs([])

@@ -81,3 +81,11 @@ def test_a_budget_leaves_replies_out_and_says_so(run_folders: list[Path]) -> Non
     none = pack_transcripts(entries, replies, with_replies=False)
     assert none.data["texts"] == []
     assert none.num_left_out == 0
+
+
+def test_prompts_under_attack_do_not_count_by_category() -> None:
+    records = [sample(refused=1.0), sample(set="prefill_8"), sample(set="prefill_16")]
+    counts = category_counts([as_reply(record) for record in records])
+    assert counts == {"harmful": {"c": (0, 1)}}
+    outcomes = find_outcomes(records)
+    assert len(outcomes["attack_success"]) == 1

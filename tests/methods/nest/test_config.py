@@ -32,6 +32,15 @@ def test_one_name_is_a_list_of_one():
         ({"min_silhouette": 2}, "`min_silhouette` to be a number from -1 to 1"),
         ({"max_rows": 1}, "`max_rows` to be at least `min_rows` 2, but got 1"),
         ({"train": "all_but_neurons", "store_originals": True}, "`store_originals` to be false"),
+        (
+            {"train": "deltas+adapter", "store_originals": True},
+            r"`store_originals` to be false with `train: deltas",
+        ),
+        ({"clusters": 4}, "`clustering` to be fixed where `clusters` is given, but got .silhouette. with 4 clusters"),
+        (
+            {"clusters": 2, "clustering": "untied"},
+            "`clustering` to be fixed where `clusters` is given, but got .unt",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

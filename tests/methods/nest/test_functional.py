@@ -102,6 +102,14 @@ def test_the_smallest_convincing_number_is_the_binomial_tail(number, level, expe
     assert tail <= level
 
 
+@pytest.mark.parametrize("number", [1100, 5000])
+def test_the_smallest_convincing_number_of_many_prompts_is_exact(number):
+    found = smallest_convincing(number, share=0.5, level=0.01)
+    tails = [sum(math.comb(number, right) for right in range(least, number + 1)) for least in (found - 1, found)]
+    assert tails[1] * 100 <= 2**number < tails[0] * 100
+    assert smallest_convincing(number, share=0.9999, level=0.01) == number + 1
+
+
 def test_standardising_leaves_a_constant_neuron_at_zero():
     values = standardise(torch.tensor([[[1.0, 7.0], [3.0, 7.0]]])).values
     assert values.tolist() == [[[-1.0, 0.0], [1.0, 0.0]]]
