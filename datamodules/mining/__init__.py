@@ -6,8 +6,8 @@ from datamodules.mining.hardness import Hardness, Replay, StopRule, replay, sett
 from datamodules.mining.mine import Miner, mine_sets
 from datamodules.mining.mined_file import read_mined, write_mined
 from datamodules.mining.selection import MinedPrompt, MinedSets, select_prompts
-from datamodules.mining.settings import MiningSettings
 from datamodules.mining.store import RolloutStore, StoredRollout
+from framework.mining_settings import MiningSettings
 
 __all__ = [
     "Hardness",

@@ -12,7 +12,6 @@ from datamodules.mining.hardness import Hardness, Outcome, StopRule, count_outco
 from datamodules.mining.judging import RolloutVerdict, judge_rollouts
 from datamodules.mining.pool import benign_pool, harmful_pool
 from datamodules.mining.selection import MinedPrompt, MinedReply, MinedSets
-from datamodules.mining.settings import MiningSettings
 from datamodules.mining.store import RolloutStore, StoredRollout, prompt_digest
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, DataError
@@ -21,6 +20,7 @@ from framework.evaluation.panel import create_panel
 from framework.evaluation.verdict_cache import VerdictCache, verdict_cache
 from framework.examples import Prompt
 from framework.files import ArtifactStore, fingerprint
+from framework.mining_settings import MiningSettings
 from framework.reference import on_fast_device, reference_mode
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from datamodules.mining.mine import MiningProgress, Target, mine_sets
 from datamodules.mining.mined_file import read_mined
 from datamodules.mining.pool import probe_prompts
 from datamodules.mining.selection import MinedSets
-from datamodules.mining.settings import MiningSettings
 from datamodules.sampler import StepBatchSampler
 from framework.chat import ChatEncoder
 from framework.errors import WiringError
 from framework.examples import Prompt, PromptKind
 from framework.files import ArtifactStore
+from framework.mining_settings import MiningSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """Settings of Self-Mined Hardness."""
 
-# ruff: noqa: RUF009 - `setting` is dataclasses.field with a rule, which ruff does not know.
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,64 +10,28 @@ from framework.errors import ConfigError
 from framework.fields import (
     COUNT,
     COUNT_OR_ZERO,
-    NOT_EMPTY,
     NOT_NEGATIVE,
-    POSITIVE,
     SHARE,
     Rule,
     check_instance,
     setting,
 )
+from framework.mining_settings import MiningSettings
 
 __all__ = ["MAX_RATIO", "SMHConfig"]
 
 MAX_RATIO = 16.0
 """Harmless rows for each harmful one; beyond it a run hardly sees a harmful row."""
 RATIO = Rule(f"a number from 0 to {MAX_RATIO:g} (harmless rows for each harmful one)", lambda v: 0 <= v <= MAX_RATIO)
-_INNER = Rule("a share above 0 and below 1", lambda value: 0 < value < 1)
-_AT_LEAST_TWO = Rule("a whole number ≥ 2", lambda value: value >= 2)
 _PART = Rule("a share above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
 @dataclass(frozen=True)
-class SMHConfig:
-    """Settings of Self-Mined Hardness; the part up to ``store`` is about mining."""
+class SMHConfig(MiningSettings):
+    """Settings of Self-Mined Hardness, those of mining first."""
 
     UNDECISIVE: ClassVar[frozenset[str]] = frozenset({"store"})
     """Fields that never change a result: where rollouts are kept decides nothing."""
-
-    harmful: list[str] = setting(factory=lambda: ["embedded"], rule=NOT_EMPTY)
-    """Sets of harmful requests: ``embedded`` (those of the align split), ``embedded_poison``, other sets or files."""
-    prompts: int = setting(240, rule=COUNT)
-    """Harmful prompts mined, over all sets."""
-    wrapped: float = setting(1.0, rule=SHARE)
-    """Share of the harmful prompts that stand in a jailbreak template."""
-    rollouts: int = setting(16, rule=_AT_LEAST_TWO)
-    """Rollouts of a harmful prompt; the most of them with ``adaptive``."""
-    adaptive: bool = False
-    """Stop sampling a harmful prompt once it is clear what fixed ``rollouts`` would make of it."""
-    hard_rate: float = setting(0.25, rule=_INNER)
-    """Harmful rate from which a prompt counts as hard; decides when ``adaptive`` may stop."""
-    benign: list[str] = setting(factory=lambda: ["embedded_look_alikes", "embedded"], rule=NOT_EMPTY)
-    """Sets of harmless requests: ``embedded``, ``embedded_look_alikes``, other sets or files."""
-    benign_prompts: int = setting(240, rule=COUNT)
-    """Harmless prompts sampled, over all sets."""
-    benign_wrapped: float = setting(0.5, rule=SHARE)
-    """Share of the harmless prompts that stand in a jailbreak template."""
-    benign_rollouts: int = setting(4, rule=COUNT)
-    """Rollouts of a harmless prompt."""
-    max_new_tokens: int = setting(64, rule=COUNT)
-    """Longest rollout, in tokens."""
-    temperature: float = setting(1.0, rule=POSITIVE)
-    """Divides the logits of the rollouts."""
-    judges: list[str] = setting(factory=lambda: ["rules", "harm"], rule=NOT_EMPTY)
-    """Judges of the rollouts, by registered name; the majority counts."""
-    rows: int = setting(32, rule=COUNT)
-    """Rollouts decoded together."""
-    mining_seed: int = setting(0, rule=COUNT_OR_ZERO)
-    """Decides prompts, templates and rollouts; apart from the run's seed, so that seeds of a study share rollouts."""
-    store: str | None = None
-    """Folder of the rollout files; null keeps them in the cache."""
 
     mined: str | None = None
     """File that ``seawall mine`` wrote; null mines the model before training, or finds what was mined."""

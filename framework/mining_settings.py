@@ -11,13 +11,13 @@ from framework.fields import COUNT, COUNT_OR_ZERO, NOT_EMPTY, POSITIVE, SHARE, R
 
 __all__ = ["MiningSettings"]
 
-AT_LEAST_TWO = Rule("a whole number ≥ 2", lambda value: value >= 2)
+_AT_LEAST_TWO = Rule("a whole number ≥ 2", lambda value: value >= 2)
 _INNER = Rule("a share above 0 and below 1", lambda value: 0 < value < 1)
 
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """How prompts are mined."""
+    """How prompts are mined; a method that mines derives its settings from these."""
 
     harmful: list[str] = setting(factory=lambda: ["embedded"], rule=NOT_EMPTY)
     """Sets of harmful requests: ``embedded`` (those of the align split), ``embedded_poison``, other sets or files."""
@@ -25,7 +25,7 @@ class MiningSettings:
     """Harmful prompts mined, over all sets, each a request in a jailbreak template."""
     wrapped: float = setting(1.0, rule=SHARE)
     """Share of the harmful prompts that stand in a template; the others are the bare requests."""
-    rollouts: int = setting(16, rule=AT_LEAST_TWO)
+    rollouts: int = setting(16, rule=_AT_LEAST_TWO)
     """Rollouts of a harmful prompt; the most of them with ``adaptive``."""
     adaptive: bool = False
     """Stop sampling a harmful prompt once it is clear what fixed ``rollouts`` would make of it."""
@@ -42,6 +42,7 @@ class MiningSettings:
     max_new_tokens: int = setting(64, rule=COUNT)
     """Longest rollout, in tokens."""
     temperature: float = setting(1.0, rule=POSITIVE)
+    """Divides the logits of the rollouts."""
     judges: list[str] = setting(factory=lambda: ["rules", "harm"], rule=NOT_EMPTY)
     """Judges of the rollouts, by registered name; the majority counts."""
     rows: int = setting(32, rule=COUNT)
