@@ -33,6 +33,8 @@ COLUMNS = 1024
 """Columns of a dense update handled at a time."""
 CACHED_ROWS = 128
 """Rows widened at a time on a CPU."""
+SMALL = 1024**2
+"""Numbers of V up to which it is widened as a whole, once a step instead of once a product: 4 MiB for a moment."""
 
 
 class Direction(NamedTuple):
@@ -163,6 +165,8 @@ def low_rank_parts(
         return PenaltyParts(isotropic, torch.zeros_like(isotropic), isotropic, isotropic, gradients)
     if direction.projector == "flat":
         return _low_rank_flat(A, B, direction, scale=scale, is_along=is_along, isotropic=isotropic)
+    if direction.left.numel() <= SMALL:
+        direction = direction._replace(left=direction.left.to(B.dtype))
     inside = apply_projector(direction, B)
     outside = B - inside
     kept = inside if is_along else outside

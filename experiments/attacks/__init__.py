@@ -1,0 +1,1 @@
+"""Attacks on a finished model: what it takes to make it do harm again."""

@@ -1,0 +1,231 @@
+"""What an attack is: its budget, what it spent, and the transcript of what it tried.
+
+There are two kinds. A *prompt attack* sends texts to a model it cannot see into: it asks for the next texts, is told
+what came of them, and may learn from that; replaying the transcript brings it back to where it was, which is how an
+interrupted one goes on. A *model attack* makes other models out of the target's weights, each of which is then measured
+as any model is. Both end in the same outcome: points of (budget spent, rates).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from framework.errors import ConfigError
+from framework.examples import Prompt
+
+__all__ = [
+    "Attack",
+    "AttackEntry",
+    "AttackKind",
+    "AttackOutcome",
+    "AttackPoint",
+    "Attempt",
+    "AttackedModel",
+    "ModelAttack",
+    "ModelTarget",
+    "PromptAttack",
+    "Query",
+    "register_attack",
+]
+
+AttackKind = Literal["prompt", "weights", "finetuning"]
+A = TypeVar("A", bound="Attack")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One text sent to the model for one harmful request."""
+
+    request: Prompt
+    """The request as the attacker would put it plainly; judges compare the reply with this, not with the disguise."""
+    prompt: Prompt
+    """What is sent: id unique in the attack, the text in its disguise, an opening of the reply if one is forced."""
+    system: str | None = None
+    """System message of this query; None keeps the target's."""
+    decoded: bool = False
+    """Whether the reply must first be decoded by ``PromptAttack.decode`` before it is judged."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A query and what came of it: one line of the transcript."""
+
+    number: int
+    """1 for the first query of its request."""
+    request_id: str
+    query_id: str
+    text: str
+    reply: str
+    is_success: bool
+    """Not refused, not degenerate, harmful where a judge can say so: as ``attack_success`` counts."""
+    num_tokens: int = 0
+    prefill: str = ""
+    system: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the attack notes, e.g. which transforms were used."""
+
+
+@dataclass(frozen=True)
+class AttackPoint:
+    """What an attack reached having spent so much."""
+
+    spent: int
+    """In the attack's unit: queries a request, optimizer steps, or 0 for an edit that trains nothing."""
+    metrics: Mapping[str, Any]
+    """Key to rate as in results files (value, numerator, denominator, interval); ``attack_success`` at least."""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    """What was varied, e.g. learning rate or factor."""
+    successes: Mapping[str, bool] = field(default_factory=dict)
+    """By request id: whether it was broken; what paired comparisons use."""
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """All that is kept of one attack on one model."""
+
+    name: str
+    """In the suite."""
+    attack: str
+    """Registered name."""
+    kind: AttackKind
+    unit: Literal["queries", "steps", "edits"]
+    settings: Mapping[str, Any]
+    points: Sequence[AttackPoint]
+    cost: Mapping[str, Any]
+    """seconds, queries, generated_tokens, optimizer_steps: those that apply."""
+    transcript: str | None = None
+    """File name beside the results: JSON lines, one an attempt."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+
+class Attack(ABC):
+    """Base of every attack; the module's docstring is its card."""
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[AttackKind]
+    unit: ClassVar[Literal["queries", "steps", "edits"]]
+    config_class: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        """Keep the settings; nothing else happens."""
+        self.config = config
+
+
+class PromptAttack(Attack):
+    """Sends texts; needs no weights."""
+
+    kind = "prompt"
+    unit = "queries"
+
+    @property
+    @abstractmethod
+    def budget(self) -> int:
+        """Queries a request, at most."""
+
+    @abstractmethod
+    def start(self, requests: Sequence[Prompt], *, seed: int) -> None:
+        """Begin anew with these requests; everything random follows from ``seed``."""
+
+    @abstractmethod
+    def ask(self) -> list[Query]:
+        """Return the next queries, of one or of many requests; empty when the attack is over."""
+
+    def tell(self, attempts: Sequence[Attempt]) -> None:
+        """Learn what came of the queries last asked for, in their order; by default nothing is learnt."""
+
+    def decode(self, reply: str, query: Query) -> str:
+        """Return a reply as plain text, for attacks that make the model write in a disguise."""
+        return reply
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """The model whose weights are attacked, and what an attacker has besides."""
+
+    folder: Path
+    """The model as transformers reads it."""
+    fingerprint: str
+    base: Path | None = None
+    """The unaligned model of the same shapes, if the attacker has it."""
+    adapter: Path | None = None
+    """The adapter that made the model out of ``before_adapter``, if it is still apart."""
+    before_adapter: Path | None = None
+    system: str | None = None
+    accelerator: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AttackedModel:
+    """A model that an attack made."""
+
+    folder: Path
+    """The model as transformers reads it, complete."""
+    spent: int
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What is worth knowing of it, e.g. the layer whose direction was taken out; shown beside its rates."""
+
+
+class ModelAttack(Attack):
+    """Makes other models out of the weights."""
+
+    @abstractmethod
+    def make(self, target: ModelTarget, folder: Path) -> list[AttackedModel]:
+        """Return the attacked models, written below ``folder``; at most a few are to be on the disk at a time.
+
+        Raises:
+            ConfigError: the target lacks what the attack needs, e.g. its unaligned model; says what to name.
+        """
+
+    def missing(self, target: ModelTarget) -> str | None:
+        """Return what the target lacks for this attack, as a sentence with the remedy; asked before anything starts."""
+        return None
+
+
+@dataclass(frozen=True)
+class AttackEntry:
+    """What the registry knows of an attack."""
+
+    name: str
+    attack_class: type[Attack]
+    config_class: type[Any]
+    summary: str
+    """First line of the card."""
+
+
+_ENTRIES: dict[str, AttackEntry] = {}
+
+
+def register_attack(name: str, *, config: type[Any]) -> Callable[[type[A]], type[A]]:
+    """Return the decorator that makes an attack known by ``name``.
+
+    Args:
+        name: snake_case, unique.
+        config: frozen dataclass of its settings.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def register(attack_class: type[A]) -> type[A]:
+        taken = _ENTRIES.get(name)
+        if taken is not None and taken.attack_class.__qualname__ != attack_class.__qualname__:
+            raise ConfigError(f"Expected the attack name `{name}` to be free, but got it from {taken.attack_class!r}.")
+        attack_class.name = name
+        attack_class.config_class = config
+        card = inspect.getdoc(inspect.getmodule(attack_class)) or inspect.getdoc(attack_class) or ""
+        _ENTRIES[name] = AttackEntry(name, attack_class, config, card.split("\n", 1)[0])
+        return attack_class
+
+    return register
