@@ -17,6 +17,7 @@ __all__ = [
     "EMBEDDED",
     "CatalogKind",
     "benign_examples",
+    "catalog_files",
     "evaluation_prompts",
     "find_examples",
     "harmful_examples",
@@ -80,6 +81,18 @@ def known_prompt_sets(kind: EvaluationKind) -> list[str]:
     """Return the names that ``evaluation_prompts`` takes for ``kind``."""
     wrapped = [JAILBREAK] if kind == "safety" else []
     return [EMBEDDED, *wrapped, *sorted(name for name, known in _PROMPT_FILES.items() if known.kind == kind)]
+
+
+def catalog_files(name: str) -> list[str]:
+    """Return the files, below ``SEAWALL_DATA``, that a name of the catalog stands for; empty for any other text.
+
+    Example:
+        >>> catalog_files("advbench"), catalog_files("embedded")
+        (['advbench/harmful_behaviors.csv'], [])
+    """
+    files = [known[name] for known in _PAIR_FILES.values() if name in known]
+    files += [_PROMPT_FILES[name].file] if name in _PROMPT_FILES else []
+    return sorted(set(files))
 
 
 def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -> list[Example]:

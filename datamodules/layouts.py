@@ -36,6 +36,7 @@ def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None
     Understood: AdvBench (``goal``), HarmBench (``Behavior``, with ``ContextString`` put before it), JailbreakBench
     (``Goal``), StrongREJECT (``forbidden_prompt``), XSTest, OR-Bench and Do-Not-Answer (``prompt``), CatQA and
     HarmfulQA (questions nested by topic), instruction files, lists of strings, and text files with a prompt a line.
+    A column ``image`` names a picture that goes with the prompt, from the folder of the file; empty ones have none.
 
     Args:
         path: the file.
@@ -46,7 +47,7 @@ def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None
         Prompts with ids ``<file name>-<row>``, rows counted from 1 before any is left out.
 
     Raises:
-        DataError: the file cannot be read, has no column that holds prompts, or a prompt is empty.
+        DataError: the file cannot be read, has no column that holds prompts, a prompt is empty, or an image missing.
     """
     path = Path(path)
     rows = list(_nested_rows(path) or read_records(path))
@@ -56,7 +57,8 @@ def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None
         if label is not None and _required(low, "label", path=path, number=number) != label:
             continue
         text = _prompt_text(low, path=path, number=number)
-        prompts.append(Prompt(f"{set_name(path)}-{number}", text, kind, _category(low)))
+        image = _image(low, path=path, number=number)
+        prompts.append(Prompt(f"{set_name(path)}-{number}", text, kind, _category(low), image=image))
     if not prompts:
         raise DataError(f"Expected `{path}` to have prompts with label {label!r}, but got none in {len(rows)} rows.")
     return prompts
@@ -106,6 +108,19 @@ def _prompt_text(row: Mapping[str, Any], *, path: Path, number: int) -> str:
     if row.get("contextstring"):
         return f"{row['contextstring']}\n\n---\n\n{text.strip()}"
     return text.strip()
+
+
+def _image(row: Mapping[str, Any], *, path: Path, number: int) -> Path | None:
+    named = row.get("image")
+    if named in (None, ""):
+        return None
+    image = path.parent / named if isinstance(named, str) else None
+    if image is None or not image.is_file():
+        raise DataError(
+            f"Expected `image` of row {number} of `{path}` to name a picture beside that file, but got {named!r}"
+            f"{'' if image is None else f', which is no file at {image}'}. Put it there, or remove the row."
+        )
+    return image
 
 
 def _category(row: Mapping[str, Any]) -> str:

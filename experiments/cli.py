@@ -36,6 +36,7 @@ ORDER = (
     "report",
     "evaluate",
     "judge",
+    "attack",
     "gate",
     "mine",
     "tokens",

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments.alarms import study_alarms
-from experiments.comparison import compare_runs
-from experiments.comparison_table import comparison_markdown
-from experiments.console import markdown_table
 from experiments.execution import Execution
 from experiments.run import run_recipe
+from experiments.run_folder import only_process
 from experiments.study_estimate import (
     CellEstimate,
     count_on_disk,
@@ -26,17 +23,15 @@ from experiments.study_estimate import (
 )
 from experiments.study_pool import run_pool, starter
 from experiments.study_progress import StudyProgress
-from experiments.study_records import claim_study, finished_record, only_process, run_key, study_runs
-from experiments.study_worker import failed_record, run_cell
+from experiments.study_records import RESULTS_ROOT, claim_study, failed_record, finished_record, run_key
+from experiments.study_tables import collect_rows, collect_stages, make_tables, study_records
+from experiments.study_worker import run_cell
 from framework.errors import ConfigError, DataError
-from framework.files import fingerprint, write_atomic, write_json
 from framework.interruption import check_stop
 from framework.processes import is_main, on_main, world_size
 from framework.study import StudyCell, StudyConfig, check_measured, study_cells
 
 __all__ = ["Execution", "collect_rows", "collect_stages", "compare_study", "plan_study", "run_key"]
-
-RESULTS_ROOT = Path(__file__).parent / "results"
 
 
 def compare_study(
@@ -78,14 +73,11 @@ def compare_study(
     _check_processes(cells, execution)
     folder = results_root / study.name
     with contextlib.ExitStack() as held:
-        on_main(lambda: held.enter_context(only_process(folder)))
+        on_main(lambda: held.enter_context(only_process(folder, "study")))
         on_main(lambda: claim_study(study, cells, folder, accept_changes=execution.accept_changes))
         known = on_main(lambda: _known_records(cells, folder))
         _run_all(cells, folder, known, execution, console)
-        records = on_main(lambda: _records(cells, folder))
-        table = _tables(study, records)
-        on_main(lambda: _write_tables(folder, table))
-    return {**table, "folder": str(folder)}
+        return on_main(lambda: make_tables(study, study_records(cells, folder), folder))
 
 
 def plan_study(
@@ -164,77 +156,3 @@ def _run_all(
             progress.put(cell.name, "running")
             record = run_cell(cell, folder, runner=run_recipe, console=console, retry_failed=execution.retry_failed)
             progress.put(cell.name, "finished" if record["status"] == "finished" else "failed")
-
-
-def _records(cells: Sequence[StudyCell], folder: Path) -> list[dict[str, Any]]:
-    found = [finished_record(folder, cell) or failed_record(folder, cell) for cell in cells]
-    return [record for record in found if record is not None]
-
-
-def _tables(study: StudyConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
-    finished = [run for run in records if run["status"] == "finished"]
-    measured = [run for run in finished if run["results"]["rows"]]
-    groups = {_group(run) for run in measured if run["label"] == study.reference_label}
-    return {
-        "name": study.name,
-        "reference": study.reference_label,
-        "rows": collect_rows(finished),
-        # A group whose reference failed has nothing to be compared with; its rows stand in the table all the same.
-        "comparison": compare_runs(
-            study_runs([run for run in measured if _group(run) in groups]), reference=study.reference_label
-        )
-        if groups
-        else [],
-        "stages": collect_stages(finished),
-        "alarms": study_alarms(finished),
-        "runs": [_brief(run) for run in records],
-    }
-
-
-def _group(run: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(run["model"]), str(run["task"]), str(run["share"])
-
-
-def _write_tables(folder: Path, table: dict[str, Any]) -> None:
-    write_json(folder / "table.json", {**table, "folder": "."})
-    compared = comparison_markdown(table["comparison"])
-    write_atomic(folder / "table.md", f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{compared}")
-
-
-def collect_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the table: models that several runs share stand once, then the last model of every run."""
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for run in runs:
-        for row in run["results"]["rows"]:
-            # One model measured on two tasks is two rows: only the same replies are the same row.
-            identity = fingerprint([row["model"]["fingerprint"], row["metrics"]])
-            if identity not in seen:
-                seen.add(identity)
-                rows.append({**row, "label": row["label"] + _suffix(run, runs, row["point"]), "seed": run["seed"]})
-    return sorted(rows, key=lambda row: ("start", "align", "finetune", "repair").index(row["point"]))
-
-
-def collect_stages(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the wall time of what the runs did, in the order it was done; what was found again is left out."""
-    times = []
-    for run in runs:
-        for stage in run["results"]["stages"]:
-            if stage["reused"]:
-                continue
-            name = f"{run['label']}: {stage['stage']}{_suffix(run, runs, 'finetune')}"
-            times.append({"stage": name, "seconds": stage["seconds"], "reused": False})
-    return times
-
-
-def _suffix(run: dict[str, Any], runs: list[dict[str, Any]], point: str) -> str:
-    """Return what tells a row from the others: the settings that vary over the runs; the start model has fewer."""
-    axes = ["model"] if point == "start" else ["model", "task", "share", "seed"]
-    varying = [axis for axis in axes if len({str(other.get(axis)) for other in runs}) > 1]
-    return f" ({', '.join(f'{axis} {run.get(axis)}' for axis in varying)})" if varying else ""
-
-
-def _brief(run: dict[str, Any]) -> dict[str, Any]:
-    return {k: run[k] for k in ("cell", "label", "seed", "status", "error") if k in run} | {
-        "results": f"{run['cell']}.json" if run["status"] == "finished" else f"failed/{run['cell']}.json"
-    }

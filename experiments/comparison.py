@@ -46,12 +46,13 @@ Methods = Mapping[str, Mapping[int, RunSamples]]
 """Label to seed to run."""
 
 
-def compare_runs(runs: Sequence[RunSamples], *, reference: str) -> list[dict[str, Any]]:
+def compare_runs(runs: Sequence[RunSamples], *, reference: str, with_hierarchical: bool = True) -> list[dict[str, Any]]:
     """Return one table per model, task and harmful share.
 
     Args:
         runs: finished ones; several of a label are its seeds.
         reference: label the others are compared with.
+        with_hierarchical: whether differences get the bootstrap over seeds and prompts too.
 
     Returns:
         Plain values: ``model``, ``task``, ``share``, ``reference``, ``seeds``, ``methods``, ``tradeoff``, ``notes``. A
@@ -67,7 +68,7 @@ def compare_runs(runs: Sequence[RunSamples], *, reference: str) -> list[dict[str
     groups: dict[tuple[str, str, float], list[RunSamples]] = {}
     for run in runs:
         groups.setdefault((run.model, run.task or "", run.share), []).append(run)
-    return [_compare_group(group, reference) for group in groups.values()]
+    return [_compare_group(group, reference, with_hierarchical=with_hierarchical) for group in groups.values()]
 
 
 def flipped(first: RunSamples, second: RunSamples, rate: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -90,7 +91,7 @@ def flipped(first: RunSamples, second: RunSamples, rate: str) -> list[tuple[Mapp
     ]
 
 
-def _compare_group(runs: Sequence[RunSamples], reference: str) -> dict[str, Any]:
+def _compare_group(runs: Sequence[RunSamples], reference: str, *, with_hierarchical: bool) -> dict[str, Any]:
     methods = _by_label(runs)
     if reference not in methods:
         raise DataError(f"Expected the reference {reference!r} among the runs, but got {sorted(methods)}.")
@@ -99,7 +100,7 @@ def _compare_group(runs: Sequence[RunSamples], reference: str) -> dict[str, Any]
     rows = {label: _method_row(label, seeds, reference) for label, seeds in methods.items()}
     for rate, table in rates.items():
         if table:
-            _add_rate(rows, rate, table, reference)
+            _add_rate(rows, rate, table, reference, with_hierarchical=with_hierarchical)
     _add_means(rows, methods, reference)
     seeds = sorted({seed for found in methods.values() for seed in found})
     if any(len(found) < MIN_SEEDS for found in methods.values()):
@@ -191,14 +192,22 @@ def _method_row(label: str, seeds: Mapping[int, RunSamples], reference: str) -> 
     }
 
 
-def _add_rate(rows: Mapping[str, dict[str, Any]], rate: str, table: Mapping[str, _Outcomes], reference: str) -> None:
+def _add_rate(
+    rows: Mapping[str, dict[str, Any]],
+    rate: str,
+    table: Mapping[str, _Outcomes],
+    reference: str,
+    *,
+    with_hierarchical: bool,
+) -> None:
     """Put value, intervals, differences, verdicts and the winner of one rate into the rows."""
     base, compared = table[reference], {}
     for label, found in table.items():
         rows[label]["metrics"][rate] = _rate_cell(found)
         common = [seed for seed in found.seeds if seed in base.seeds]
         if label != reference and common:
-            compared[label] = compare_pair(base.rows(common), found.rows(common))
+            pair = base.rows(common), found.rows(common)
+            compared[label] = compare_pair(*pair, with_hierarchical=with_hierarchical)
     for label, cell in _corrected(compared, higher_is_better=is_better_higher(rate)).items():
         rows[label]["metrics"][rate]["difference"] = cell
     shared = [seed for seed in base.seeds if all(seed in found.seeds for found in table.values())]

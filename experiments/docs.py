@@ -10,8 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.compare import RESULTS_ROOT
 from experiments.console import markdown_table
+from experiments.study_records import RESULTS_ROOT
 from framework.errors import ConfigError
 from framework.files import read_json, write_atomic
 from framework.registry import known_methods
@@ -21,7 +21,7 @@ __all__ = ["filled_readme", "methods_markdown", "study_markdown"]
 README = Path(__file__).parents[1] / "README.md"
 PUBLISHED = RESULTS_ROOT / "published"
 """Tables of this README; a study of yours writes beside this folder, never into it."""
-STUDIES = ("quickstart", "scenario")
+STUDIES = ("first_look", "quickstart", "scenario")
 
 
 def methods_markdown() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.console import row_cost
+from experiments.endpoint_measure import measure_endpoint
 from experiments.launch import check_connected
 from experiments.measure import Subject, TaskChoice
 from experiments.prefill import Measured, measure_point
@@ -24,6 +25,7 @@ from experiments.run import (
 )
 from experiments.tracking import build_logger, close_logger, log_summary
 from framework.config import EvaluateCommandConfig, to_yaml
+from framework.endpoint_settings import is_endpoint
 from framework.files import to_plain, write_atomic, write_json
 from framework.models import ModelSpec, find_model, model_fingerprint
 from framework.processes import is_main, on_main, together
@@ -48,25 +50,34 @@ def _evaluate(model: str, config: EvaluateCommandConfig, console: Console | None
     started = time.time()
     check_connected(config.trainer)
     set_threads(config.trainer.threads, processes=local_processes(config))
-    given = config.model
+    task = TaskChoice(config.task, config.task_path) if config.task else None
+    facts: dict[str, Any] = {}
     with Steps((console or Console(stderr=True)) if is_main() else None) as steps:
-        bar = steps.task("model", 100)
-        spec = ModelSpec(given.name, given.dtype, given.revision, given.trust_remote_code)
-        folder = on_main(lambda: find_model(spec, progress=lambda _, share: bar(round(100 * share), 100)).folder)
-        found = ModelSpec(str(folder), given.dtype, None, given.trust_remote_code)
-        decided = on_main(lambda: model_fingerprint(folder))
-        measured = measure_point(
-            Subject(found, decided, given.system, config.trainer.accelerator),
-            config.evaluate,
-            task=TaskChoice(config.task, config.task_path) if config.task else None,
-            start=None,
-            artifacts=artifact_store(),
-            bars=evaluation_bars(steps, "evaluate"),
-        )
-    return on_main(lambda: _leave_behind(model, config, measured, started))
+        bars = evaluation_bars(steps, "evaluate")
+        if is_endpoint(config.model.name):
+            artifacts = artifact_store()
+            measured, known = measure_endpoint(config, task=task, artifacts=artifacts, bars=bars, say=steps.say)
+            facts = {"endpoint": to_plain(known)}
+        else:
+            measured = measure_point(
+                _subject(config, steps), config.evaluate, task=task, start=None, artifacts=artifact_store(), bars=bars
+            )
+    return on_main(lambda: _leave_behind(model, config, measured, started, facts))
 
 
-def _leave_behind(model: str, config: EvaluateCommandConfig, measured: Measured, started: float) -> dict[str, Any]:
+def _subject(config: EvaluateCommandConfig, steps: Steps) -> Subject:
+    """Return the model, found and fetched."""
+    given, bar = config.model, steps.task("model", 100)
+    spec = ModelSpec(given.name, given.dtype, given.revision, given.trust_remote_code)
+    folder = on_main(lambda: find_model(spec, progress=lambda _, share: bar(round(100 * share), 100)).folder)
+    found = ModelSpec(str(folder), given.dtype, None, given.trust_remote_code)
+    decided = on_main(lambda: model_fingerprint(folder))
+    return Subject(found, decided, given.system, config.trainer.accelerator)
+
+
+def _leave_behind(
+    model: str, config: EvaluateCommandConfig, measured: Measured, started: float, facts: dict[str, Any]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"label": model, "point": "start", "metrics": measured.metrics}
     row["cost"] = row_cost(None, measured.plain.cost)
     results = {
@@ -84,6 +95,7 @@ def _leave_behind(model: str, config: EvaluateCommandConfig, measured: Measured,
         "folder": str(Path(config.output) / config.name),
         "stages": [],
         "rows": [row],
+        **facts,
     }
     folder = Path(config.output) / config.name
     write_atomic(folder / "config.yaml", to_yaml(config))

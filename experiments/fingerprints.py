@@ -9,11 +9,37 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from datamodules.catalog import catalog_files
+from datamodules.readers import data_root
 from framework.files import hash_file, to_plain
-from framework.registry import create_method
+from framework.guard_settings import GuardSettings
 
-__all__ = ["LATER_SETTINGS", "content_hashes", "embedded_hash", "resolved_methods", "versions", "without_later"]
+__all__ = [
+    "LATER_SETTINGS",
+    "content_hashes",
+    "data_hashes",
+    "embedded_hash",
+    "guard_key",
+    "resolved_methods",
+    "tokenizer_hashes",
+    "versions",
+    "without_later",
+]
 
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "chat_template*/**/*",
+    "additional_chat_templates/*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Patterns of the files beside a model's weights that decide how a conversation becomes ids."""
 DECIDING = ("torch", "transformers", "peft", "pytorch-lightning")
 """Packages whose version may change a number."""
 
@@ -49,10 +75,14 @@ def content_hashes(value: Any) -> dict[str, str]:
     if not isinstance(value, str) or not value:
         return {}
     path = Path(value).expanduser()
+    return _tree_hashes(path, value)
+
+
+def _tree_hashes(path: Path, name: str) -> dict[str, str]:
     if path.is_file():
-        return {value: hash_file(path)}
+        return {name: hash_file(path)}
     if path.is_dir():
-        return {f"{value}/{p.relative_to(path)}": hash_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        return {f"{name}/{p.relative_to(path)}": hash_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
     return {}
 
 
@@ -64,13 +94,66 @@ def resolved_methods(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
     Args:
         methods: settings by the method's registered name.
     """
+    # Here, because the fingerprint of a whole run needs neither torch nor scipy.
+    from framework.evaluation.panel import create_panel
+    from framework.evaluation.verdict_cache import judge_identity
+    from framework.registry import create_method
+
     found = []
     for name, options in methods.items():
         undecisive: frozenset[str] = getattr(create_method(name, options).config, "UNDECISIVE", frozenset())
         decisive = {field: value for field, value in (options or {}).items() if field not in undecisive}
         config = to_plain(create_method(name, decisive).config)
-        found.append({"name": name, "config": config, "files": content_hashes(config)})
+        entry = {"name": name, "config": config, "files": content_hashes(config) | data_hashes(config)}
+        if judges := config.get("judges"):
+            # By what they are: a changed rule chooses other rows.
+            entry["judges"] = [judge_identity(judge) for judge in create_panel(judges)]
+        found.append(entry)
     return found
+
+
+def data_hashes(value: Any) -> dict[str, str]:
+    """Return the hash of every file below ``SEAWALL_DATA`` that a string in ``value`` stands for, by path or by name.
+
+    Args:
+        value: settings as plain JSON types.
+    """
+    if isinstance(value, Mapping):
+        return {key: digest for item in value.values() for key, digest in data_hashes(item).items()}
+    if isinstance(value, (list, tuple)):
+        return {key: digest for item in value for key, digest in data_hashes(item).items()}
+    root = data_root()
+    if not isinstance(value, str) or not value or root is None or Path(value).expanduser().exists():
+        return {}
+    found: dict[str, str] = {}
+    for name in catalog_files(value) or [value]:
+        path = root / name
+        inside = path.is_file() or (path.is_dir() and path.resolve() != root.resolve())
+        found |= {f"{value}: {key}": digest for key, digest in _tree_hashes(path, name).items()} if inside else {}
+    return found
+
+
+def tokenizer_hashes(folder: Path) -> dict[str, str]:
+    """Return the hashes of what turns a conversation into ids: the tokenizer's files and the chat template.
+
+    Args:
+        folder: of a model.
+    """
+    paths = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in sorted(set(paths))}
+
+
+def guard_key(guard: GuardSettings | None, stage: str) -> dict[str, Any]:
+    """Return what a guard adds to the key of a stage: its settings and prompts where it acts, nothing otherwise.
+
+    Args:
+        guard: of the run; None without one.
+        stage: name of the stage.
+    """
+    if guard is None or not guard.acts or not guard.guards(stage):
+        return {}
+    settings = {name: value for name, value in to_plain(guard).items() if name != "stages"}
+    return {"guard": {**settings, "embedded": embedded_hash()}}
 
 
 def without_later(evaluate: Mapping[str, Any]) -> dict[str, Any]:

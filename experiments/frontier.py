@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from experiments.fingerprints import resolved_methods
 from framework.errors import DataError, SeawallError
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.files import read_json, write_atomic
 
 __all__ = ["FrontierPoint", "collect_points", "frontier_svg", "read_runs"]

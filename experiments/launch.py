@@ -118,6 +118,11 @@ def check_methods(config: RunConfig) -> None:
             f"Expected `trainer.probe_every_n_steps` to be null under the strategy `{kind}`, which has whole weights "
             f"only inside a training step, but got {config.trainer.probe_every_n_steps}. Choose ddp or model_parallel."
         )
+    if config.trainer.guard is not None and kind not in ("single", "ddp"):
+        problems.append(
+            f"Expected `trainer.guard` to be null under the strategy `{kind}`, which leaves no process the whole model "
+            "between two steps, but got settings. Choose ddp."
+        )
     for stage, settings in config.active_stages():
         if not config.training(stage).has_training:
             continue

@@ -14,7 +14,7 @@ from datamodules.embedded_sets import benign_examples
 from datamodules.layouts import read_pairs
 from datamodules.readers import find_file
 from datamodules.tasks import create_task
-from experiments.fingerprints import LATER_SETTINGS, content_hashes, embedded_hash, versions
+from experiments.fingerprints import LATER_SETTINGS, content_hashes, embedded_hash, tokenizer_hashes, versions
 from framework.chat import ChatEncoder
 from framework.config import EvaluateConfig
 from framework.cost import CostLedger
@@ -27,8 +27,8 @@ from framework.evaluation.records import EvaluationRecord, write_samples
 from framework.evaluation.suite import EvaluationResult, EvaluationSet, evaluate_model
 from framework.evaluation.verdict_cache import VerdictCache, judge_identity, verdict_cache
 from framework.examples import Prompt
-from framework.files import ArtifactStore, read_json, to_plain, write_json
-from framework.models import LoadedModel, ModelSpec, choose_device, load_model
+from framework.files import ArtifactStore, hash_file, read_json, to_plain, write_json
+from framework.models import LoadedModel, ModelSpec, choose_device, load_model, resolved_dtype
 from framework.processes import is_main, main_first, on_main, rank, world_size, writing_together
 
 __all__ = [
@@ -36,10 +36,12 @@ __all__ = [
     "Measurement",
     "Subject",
     "TaskChoice",
+    "all_rates",
     "check_evaluation",
     "choice_items",
     "deciding_settings",
     "evaluation_sets",
+    "image_hash",
     "judge_identities",
     "judge_replies",
     "limited_encoder",
@@ -169,13 +171,14 @@ def measure_model(
     key = {
         "format": FORMAT,
         "model": model_fingerprint,
-        "dtype": spec.dtype,
+        "tokenizer": on_main(lambda: tokenizer_hashes(Path(spec.name))),
+        "dtype": resolved_dtype(spec.dtype),
         "system": system,
         "config": deciding_settings(config),
         "embedded": embedded_hash(),
         "files": content_hashes([str(find_file(name)) for name in (*config.nll, *config.multiple_choice)]),
         "versions": versions(),
-        "sets": [[s.name, s.role, [(p.id, p.text, p.answer) for p in s.prompts]] for s in sets],
+        "sets": [[s.name, s.role, [(p.id, p.text, p.answer, *image_hash(p)) for p in s.prompts]] for s in sets],
         # By what they are, not by name: a changed rule or another classifier never meets old verdicts.
         "judges": main_first(lambda: judge_identities(config)),
     }
@@ -185,6 +188,11 @@ def measure_model(
         _measure(subject, config, sets, folder, bars, verdict_cache(artifacts))
 
     return stored_measurement(artifacts, "measurement", key, measure)
+
+
+def image_hash(prompt: Prompt) -> tuple[str, ...]:
+    """Return the hash of a prompt's image, or nothing, which leaves the key of a text alone as it always was."""
+    return () if prompt.image is None else (hash_file(prompt.image),)
 
 
 def deciding_settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -241,7 +249,7 @@ def _measure(
         gc.collect()
         late = [judge for judge in judges if judge.needs_model]
         records = add_verdicts(records, late, order=[judge.name for judge in judges], cache=cache)
-        metrics |= {key: to_plain(rate) for key, rate in _all_rates(records).items()} | panel_metrics(records)
+        metrics |= {key: to_plain(rate) for key, rate in all_rates(records).items()} | panel_metrics(records)
     write_samples(folder / "samples.jsonl", records)
     write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
 
@@ -275,7 +283,7 @@ def judge_replies(
     )
 
 
-def _all_rates(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
+def all_rates(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
     """Return the rates over all records, and those of each set behind its name."""
     rates = rates_from_records(records)
     for name in dict.fromkeys(record.set_name for record in records):
@@ -303,7 +311,7 @@ def limited_encoder(
     Raises:
         ConfigError: replies of that length leave no room for a prompt.
     """
-    whole = ChatEncoder(loaded.tokenizer, system=system)
+    whole = ChatEncoder(loaded.tokenizer, system=system, processor=loaded.processor)
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if config.overflow == "error" or context is None:
         return whole, 0
@@ -314,7 +322,7 @@ def limited_encoder(
             f"{config.max_new_tokens}."
         )
     lengths = [len(whole.encode_prompt(prompt.messages, prefill=prompt.prefill)) for prompt in prompts]
-    encoder = ChatEncoder(loaded.tokenizer, system=system, max_prompt_tokens=limit)
+    encoder = ChatEncoder(loaded.tokenizer, system=system, max_prompt_tokens=limit, processor=loaded.processor)
     return encoder, sum(length > limit for length in lengths)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,15 +206,18 @@ def read_samples(path: Path, *, point: str | None = None) -> list[dict[str, Any]
     return found
 
 
-def find_outcomes(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, bool]]:
+def find_outcomes(
+    samples: Iterable[Mapping[str, Any]], *, rates: Collection[str] = tuple(RATES)
+) -> dict[str, dict[str, bool]]:
     """Return rate to prompt to outcome, by the same rules as the rates; a verdict nobody knows is left out.
 
     Args:
         samples: of one model.
+        rates: those of ``RATES`` that are asked for; those under attack are always there.
     """
     records = [(prompt_key(sample), _record(sample)) for sample in samples]
     plain = [pair for pair in records if not ATTACKED.fullmatch(pair[1].set_name)]
-    found = {rate: _answers(plain, rate) for rate in RATES}
+    found = {rate: _answers(plain, rate) for rate in RATES if rate in rates}
     for name in sorted({record.set_name for _, record in records} - {record.set_name for _, record in plain}):
         own = [pair for pair in records if pair[1].set_name == name]
         found |= {f"{name}/{rate}": _answers(own, rate) for rate in ATTACK_RATES}
@@ -255,13 +258,13 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 
 def _task(config: Mapping[str, Any]) -> tuple[str | None, float]:
-    """Return the last stage's task and harmful share."""
+    """Return the last stage's task, and the largest harmful share of all stages with a task."""
     found: tuple[str | None, float] = (None, 0.0)
     stages = config.get("stages") or {}
     for stage in STAGES:
         data = (stages.get(stage) or {}).get("data") or {}
         if data.get("task"):
-            found = (str(data["task"]), float(data.get("harmful_share") or 0.0))
+            found = (str(data["task"]), max(found[1], float(data.get("harmful_share") or 0.0)))
     return found if found[0] or not config.get("task") else (str(config["task"]), 0.0)
 
 

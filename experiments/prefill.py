@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from experiments.compliant_replies import Sampler, choose_sampler, compliant_replies, enough_replies
-from experiments.fingerprints import versions
+from experiments.fingerprints import tokenizer_hashes, versions
 from experiments.measure import (
     Bars,
     Measurement,
@@ -24,6 +24,7 @@ from experiments.measure import (
     TaskChoice,
     deciding_settings,
     evaluation_sets,
+    image_hash,
     judge_identities,
     judge_replies,
     limited_encoder,
@@ -41,16 +42,19 @@ from framework.evaluation.verdict_cache import VerdictCache, verdict_cache
 from framework.examples import Prompt
 from framework.files import ArtifactStore, to_plain, write_json
 from framework.model_files import read_tokenizer
-from framework.models import choose_device, load_model
+from framework.models import choose_device, load_model, resolved_dtype
 from framework.processes import is_main, main_first, on_main
 
 __all__ = [
     "OPENING",
     "Measured",
+    "attacked_prompts",
+    "find_replies",
     "first_tokens",
     "measure_point",
     "measure_prefill",
     "prefill_sets",
+    "rates_by_set",
 ]
 
 FORMAT = 1
@@ -144,21 +148,22 @@ def measure_prefill(
     """
     if not config.prefill:
         return None
-    prompts = main_first(lambda: _attacked(config))
-    replies = on_main(lambda: _find_replies(prompts, subject, config, start, artifacts, bars))
+    prompts = main_first(lambda: attacked_prompts(config))
+    replies = on_main(lambda: find_replies(prompts, subject, config, start, artifacts, bars))
     tokenizer = read_tokenizer(Path(subject.spec.name), trust_remote_code=subject.spec.trust_remote_code)
     sets = prefill_sets(prompts, replies, config.prefill, tokenizer)
     settings = deciding_settings(config)
     key = {
         "format": FORMAT,
         "model": subject.fingerprint,
-        "dtype": subject.spec.dtype,
+        "tokenizer": on_main(lambda: tokenizer_hashes(Path(subject.spec.name))),
+        "dtype": resolved_dtype(subject.spec.dtype),
         "system": subject.system,
         "config": {name: settings[name] for name in ("judges", "max_new_tokens", "overflow")},
         "judges": main_first(lambda: judge_identities(config)),
         "versions": versions(),
         "asked": len(prompts),
-        "sets": [[item.name, [(p.id, p.text, p.prefill) for p in item.prompts]] for item in sets],
+        "sets": [[item.name, [(p.id, p.text, p.prefill, *image_hash(p)) for p in item.prompts]] for item in sets],
     }
 
     def measure(folder: Path) -> None:
@@ -207,7 +212,7 @@ def first_tokens(reply: str, count: int, tokenizer: PreTrainedTokenizerBase) -> 
     return str(tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)).rstrip("\ufffd")
 
 
-def _attacked(config: EvaluateConfig) -> list[Prompt]:
+def attacked_prompts(config: EvaluateConfig) -> list[Prompt]:
     """Return the harmful prompts of all sets; a name in front tells equal ids of two sets apart."""
     sets = [item for item in evaluation_sets(config, None) if item.role == "safety"]
     if len(sets) == 1:
@@ -215,7 +220,7 @@ def _attacked(config: EvaluateConfig) -> list[Prompt]:
     return [replace(prompt, id=f"{item.name}/{prompt.id}") for item in sets for prompt in item.prompts]
 
 
-def _find_replies(
+def find_replies(
     prompts: Sequence[Prompt],
     subject: Subject,
     config: EvaluateConfig,
@@ -271,13 +276,14 @@ def _measure(
         del loaded  # a guard model takes its place in memory
         gc.collect()
         records = add_verdicts(records, late, order=[judge.name for judge in judges], cache=cache)
-    metrics = {key: to_plain(rate) for key, rate in _rates_by_set(records).items()}
+    metrics = {key: to_plain(rate) for key, rate in rates_by_set(records).items()}
     metrics["prefill_prompts"] = to_plain(Rate.of("prefill_prompts", len(sets[0].prompts), num_asked))
     write_samples(folder / "samples.jsonl", records)
     write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
 
 
-def _rates_by_set(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
+def rates_by_set(records: Sequence[EvaluationRecord]) -> dict[str, Rate]:
+    """Return the rates of each set behind its name."""
     names = dict.fromkeys(record.set_name for record in records)
     found: dict[str, Rate] = {}
     for name in names:

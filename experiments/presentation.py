@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.report import write_report
-from experiments.run import RESULTS_FILE
 from experiments.study_records import STATE_FILE, read_study, study_runs
-from experiments.study_tracking import track_study
 from framework.schema import TrackingConfig
 
-__all__ = ["PAGE", "present_run", "present_study"]
+__all__ = ["PAGE", "current_page", "has_page", "present_run", "present_study"]
 
 PAGE = "report.html"
+RESULTS_FILE = "results.json"
 
 
 def present_run(results: Mapping[str, Any]) -> Path | None:
@@ -32,6 +30,8 @@ def present_run(results: Mapping[str, Any]) -> Path | None:
     if not results["rows"]:
         return None
     if not _is_current(page, [folder / RESULTS_FILE]):
+        from experiments.report import write_report
+
         write_report([folder])
     return page
 
@@ -52,18 +52,40 @@ def present_study(table: Mapping[str, Any], tracking: TrackingConfig) -> Path | 
         StorageError: the folder cannot be written.
     """
     folder = Path(table["folder"])
-    page = folder / PAGE
-    finished = [run for run in table["runs"] if run["status"] == "finished"]
-    if not finished or not table["comparison"]:
+    if not has_page(table):
         return None
-    sources = [folder / STATE_FILE, *(folder / "failed").glob("*.json"), *(folder / run["results"] for run in finished)]
-    if not _is_current(page, [source for source in sources if source.is_file()]):
+    if current_page(table) is None:
+        from experiments.report import write_report
+        from experiments.study_tracking import track_study
+
         write_report([folder], title=table["name"])
-        names = {run["cell"] for run in finished}
+        names = {run["cell"] for run in table["runs"] if run["status"] == "finished"}
         records = [record for record in read_study(folder) if record["cell"] in names]
         runs = study_runs(records, folder=folder)
         track_study(table["name"], table["comparison"], runs, folder=folder, tracking=tracking)
-    return page
+    return folder / PAGE
+
+
+def has_page(table: Mapping[str, Any]) -> bool:
+    """Return whether there is anything to show of a study: a run that finished, and its comparison.
+
+    Args:
+        table: as ``compare_study`` returns it.
+    """
+    return bool(table["comparison"]) and any(run["status"] == "finished" for run in table["runs"])
+
+
+def current_page(table: Mapping[str, Any]) -> Path | None:
+    """Return the page of a study that is newer than everything it shows; None where there is none.
+
+    Args:
+        table: as ``compare_study`` returns it.
+    """
+    folder = Path(table["folder"])
+    kept = [folder / run["results"] for run in table["runs"] if run["status"] == "finished"]
+    sources = [folder / STATE_FILE, *(folder / "failed").glob("*.json"), *kept]
+    page = folder / PAGE
+    return page if _is_current(page, [source for source in sources if source.is_file()]) else None
 
 
 def _is_current(page: Path, sources: list[Path]) -> bool:

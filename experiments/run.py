@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from experiments.console import row_cost
 from experiments.measure import Subject, TaskChoice, check_evaluation
 from experiments.prefill import Measured, measure_point
 from experiments.progress import Steps, TrainingProgress, evaluation_bars
-from experiments.run_folder import PICTURES, portable_path, take_folder
+from experiments.run_folder import PICTURES, only_process, portable_path, take_folder
 from experiments.stages import ModelState, StageChain, Watch
 from experiments.tracking import TrackingLogger, build_logger, close_logger, kept_run_id, log_files, log_summary
 from experiments.training_picture import has_telemetry, training_svg
@@ -77,20 +78,29 @@ def _run(
     folder = Path(config.output) / config.name
     main_first(lambda: check_evaluation(config.evaluate, _task(config)))
     artifacts = artifact_store()
-    with Steps((console or Console(stderr=True)) if is_main() else None) as steps:
-        chain = StageChain(config, artifacts, _watch(config, steps, folder, watchers))
-        on_main(lambda: take_folder(folder, config, steps.say))
-        states = chain.run()
-        measured = _measure_points(config, chain, states, steps)
+    with _held(folder):
+        with Steps((console or Console(stderr=True)) if is_main() else None) as steps:
+            chain = StageChain(config, artifacts, _watch(config, steps, folder, watchers))
+            on_main(lambda: take_folder(folder, config, steps.say))
+            states = chain.run()
+            measured = _measure_points(config, chain, states, steps)
 
-    def finish() -> dict[str, Any]:
-        results = _results(config, states, measured, started, label)
-        _draw(folder, states)
-        _leave_behind(folder, results, states[-1], measured)
-        _track(config, results, folder)
-        return results
+        def finish() -> dict[str, Any]:
+            results = _results(config, states, measured, started, label)
+            _draw(folder, states)
+            _leave_behind(folder, results, states[-1], measured)
+            _track(config, results, folder)
+            return results
 
-    return on_main(finish)
+        return on_main(finish)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold the run's folder on the first process, for as long as anything is written there."""
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(only_process(folder, "run")))
+        yield
 
 
 def artifact_store() -> ArtifactStore:

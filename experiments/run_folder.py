@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from framework.config import RunConfig, StageConfig, to_yaml
-from framework.files import cache_root, fingerprint, hash_file, to_plain, write_atomic
+from framework.errors import ConfigError, DataError
+from framework.files import cache_root, fingerprint, read_json, to_plain, write_atomic, write_json
 from framework.schema import STAGES
 
-__all__ = ["PICTURES", "config_differences", "portable_path", "take_folder"]
+__all__ = ["PICTURES", "config_differences", "only_process", "portable_path", "take_folder"]
 
 CONFIG_FILE = "config.yaml"
 EARLIER = "earlier"
+OWNER_FILE = "owner.json"
 PICTURES = {name: f"training-{name}.svg" for name in STAGES}
 """What is drawn of each training stage."""
 OUTPUTS = (
@@ -35,6 +41,37 @@ OUTPUTS = (
 SHOWN = 5
 
 
+@contextlib.contextmanager
+def only_process(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder; a second command is refused, so that nothing is done or written twice.
+
+    The lock ends with the process, also with one that is killed.
+
+    Args:
+        folder: made if it is not there.
+        what: lies in it: the run, the study.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(str(folder / ".lock")), folder / OWNER_FILE
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = read_json(owner) if owner.is_file() else {}
+        raise ConfigError(
+            f"Expected the {what} in `{folder}` to be worked on by one command, but got a second one beside process "
+            f"{who.get('process', '?')} on {who.get('host', '?')}. Wait for it, or stop it."
+        ) from error
+    try:
+        write_json(owner, {"process": os.getpid(), "host": platform.node()})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
 def take_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:
     """Write the config into the run's folder; results of another config move to ``earlier/`` and the user is told.
 
@@ -44,16 +81,22 @@ def take_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> 
         say: tells the user a sentence.
 
     Raises:
+        DataError: there are results, and the config they are of cannot be read.
         StorageError: the folder cannot be written.
     """
     path, text = folder / CONFIG_FILE, to_yaml(config)
     moved = [folder / name for name in OUTPUTS if (folder / name).exists()]
     old = _read(path)
+    if old is None and moved and path.is_file():
+        raise DataError(
+            f"Expected `{path}` to say what the results beside it are of, but it cannot be read. Restore it, or move "
+            f"{', '.join(item.name for item in moved)} away."
+        )
     if old is None:
         if moved:
-            target = folder / EARLIER / _name_unread(path)
+            target = folder / EARLIER / "unknown"
             _move(moved, target, path)
-            say(f"{folder} held the results of a config that cannot be read any more; they are in {target} now")
+            say(f"{folder} held results without the config they are of; they are in {target} now")
     elif differences := config_differences(_completed(old), yaml.safe_load(text)):
         more = [f"{len(differences) - SHOWN} more"] if len(differences) > SHOWN else []
         shown = "; ".join([*differences[:SHOWN], *more])
@@ -103,10 +146,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _name_unread(path: Path) -> str:
-    return hash_file(path)[:16] if path.is_file() else "unknown"
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:

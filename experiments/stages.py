@@ -10,10 +10,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from callbacks.safety_probe import SafetyProbe
 from callbacks.telemetry import RefusalMarginProbe
 from datamodules.catalog import evaluation_prompts, harmful_examples
 from datamodules.finetune import FineTuneDataModule
-from experiments.fingerprints import embedded_hash, resolved_methods, versions
+from experiments.fingerprints import embedded_hash, guard_key, resolved_methods, versions
 from experiments.launch import check_connected, check_methods
 from experiments.stage_data import build_datamodule, poison_examples
 from experiments.training import STAGE_FILE, StageJob, run_stage_job
@@ -21,15 +22,15 @@ from framework.chat import ChatEncoder
 from framework.config import RunConfig, StageConfig, TrainingConfig
 from framework.errors import ConfigError, SeawallError
 from framework.evaluation.margin import refusal_margin
-from framework.examples import Example
+from framework.examples import Example, Prompt
 from framework.files import ArtifactStore, fingerprint, read_json
 from framework.interruption import check_stop, stop_requested
 from framework.method import MethodStore
 from framework.model_files import read_tokenizer
-from framework.models import ModelSpec, find_model, model_fingerprint
+from framework.models import ModelSpec, find_model, model_fingerprint, resolved_dtype
 from framework.processes import gather, main_first, on_main, writing_together
 
-__all__ = ["ModelState", "StageChain", "Watch"]
+__all__ = ["ModelState", "StageChain", "Watch", "spread"]
 
 PROBE_STRIDE = 4
 """Every fourth validation prompt: ten prompts over all topics."""
@@ -145,6 +146,7 @@ class StageChain:
                     self._store(states, base),
                     before.fingerprint,
                     watchers=(*self.watch.callbacks(name), *self._probes(before)),
+                    probe=self._safety_probe(name, before),
                     open_logger=lambda run_id: self.watch.open_logger(name, stage, run_id),
                     close_logger=self.watch.close_logger,
                     say=self.watch.say,
@@ -173,6 +175,17 @@ class StageChain:
             return {"refusal_margin": found.mean, "refusal_probability": found.refusal_probability}
 
         return [RefusalMarginProbe(look, every=every)]
+
+    def _safety_probe(self, name: str, before: ModelState) -> SafetyProbe | None:
+        """Return what the guard measures with, when this stage has one."""
+        guard = self.config.trainer.guard
+        if guard is None or not guard.guards(name):
+            return None
+        harmful, benign = (
+            spread(evaluation_prompts("embedded", kind=kind, split="validation"), guard.prompts)
+            for kind in ("safety", "over_refusal")
+        )
+        return SafetyProbe(self.encoder(before), harmful, benign, layer=guard.layer)
 
     def _base(self, states: list[ModelState]) -> ModelState:
         """Return the model that entered ``align``; without that stage, the start model."""
@@ -248,12 +261,24 @@ class StageChain:
             "allow_no_effect": stage.allow_no_effect,
             "order": stage.order,
             "settings": settings,
-            "dtype": self.config.model.dtype,
+            "dtype": resolved_dtype(self.config.model.dtype),
             "processes": trainer.devices * trainer.num_nodes,
             "strategy": trainer.strategy,
             "precision": trainer.precision,
             "seed": self.config.seed,
+            **guard_key(trainer.guard, name),
         }
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+    """Return ``count`` prompts at even distances, so that all topics are among them.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if count > len(prompts):
+        raise ConfigError(f"Expected `trainer.guard.prompts` to be at most {len(prompts)}, but got {count}.")
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def _check_same(stage: str, key: dict[str, Any]) -> None:

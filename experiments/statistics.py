@@ -18,7 +18,7 @@ from scipy import stats
 
 from experiments.power import ALPHA, MIN_SEEDS, detectable_difference
 from framework.errors import DataError
-from framework.evaluation.metrics import Interval, wilson_interval
+from framework.evaluation.rates import Interval, wilson_interval
 
 __all__ = [
     "MIN_SEEDS",
@@ -76,7 +76,7 @@ class Comparison:
     seed_p: float | None
     """Paired t test over seeds; None below ``MIN_SEEDS``."""
     hierarchical_low: float | None
-    """Bootstrap over seeds and prompts, 95 %, a second view; None below ``MIN_SEEDS``."""
+    """Bootstrap over seeds and prompts, 95 %, a second view; None below ``MIN_SEEDS`` or not asked for."""
     hierarchical_high: float | None
     detectable: float
     """Smallest difference that as many prompts, differing as often, show with 80 % power at 5 %."""
@@ -241,7 +241,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def compare_pair(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare_pair(
+    baseline: ArrayLike,
+    candidate: ArrayLike,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    with_hierarchical: bool = True,
+) -> Comparison:
     """Return everything about two methods' outcomes on the same prompts and seeds.
 
     Args:
@@ -249,6 +256,7 @@ def compare_pair(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = 
         candidate: of the same shape.
         resamples: draws of each bootstrap.
         seed: of the draws.
+        with_hierarchical: False leaves out the second view, half of the time this takes.
 
     Raises:
         DataError: as ``mcnemar_exact``.
@@ -257,7 +265,7 @@ def compare_pair(baseline: ArrayLike, candidate: ArrayLike, *, resamples: int = 
     test, interval = mcnemar_exact(first, second), paired_interval(first, second, resamples=resamples, seed=seed)
     means = first.mean(axis=1), second.mean(axis=1)
     over_seeds = seed_interval(list(means[1] - means[0]))
-    nested = hierarchical_interval(second - first, resamples=resamples, seed=seed)
+    nested = hierarchical_interval(second - first, resamples=resamples, seed=seed) if with_hierarchical else None
     return Comparison(
         num_prompts=first.shape[1],
         num_seeds=first.shape[0],

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from experiments.local_processes import PARENT
 from experiments.study_progress import StudyProgress
-from experiments.study_records import finished_record
-from experiments.study_worker import failed_record, run_named_cell, write_cell, write_failure
+from experiments.study_records import failed_record, finished_record
+from experiments.study_worker import run_named_cell, write_cell, write_failure
 from framework.errors import ConfigError
 from framework.study import StudyCell
 

@@ -7,28 +7,25 @@ are relative to the study's folder.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from experiments.fingerprints import content_hashes, embedded_hash, versions, without_later
 from experiments.measured_runs import RunSamples, check_last_model, check_results, find_outcomes, read_samples
-from experiments.run_folder import config_differences
+from experiments.run_folder import OWNER_FILE, config_differences
 from framework.errors import ConfigError, DataError
 from framework.files import fingerprint, read_json, to_plain, write_json
 from framework.study import StudyCell, StudyConfig
 
 __all__ = [
+    "RESULTS_ROOT",
     "STATE_FILE",
     "claim_study",
+    "failed_record",
     "finished_record",
-    "only_process",
     "portable_results",
     "read_study",
     "record_of",
@@ -36,10 +33,12 @@ __all__ = [
     "study_runs",
 ]
 
+RESULTS_ROOT = Path(__file__).parent / "results"
+"""Where studies keep their records and tables."""
 STATE_FILE = "study.json"
 FORMAT = 1
 SHOWN = 8
-RESERVED = frozenset({STATE_FILE, "table.json", "comparison.json", "owner.json"})
+RESERVED = frozenset({STATE_FILE, "table.json", "comparison.json", OWNER_FILE})
 """Files of a study's folder that are no runs."""
 
 
@@ -49,7 +48,8 @@ def run_key(cell: StudyCell) -> str:
     Where a run writes, how it is tracked and its name decide nothing.
     """
     config = to_plain(cell.config)
-    trainer = {k: v for k, v in config["trainer"].items() if k != "threads"}
+    # Without a guard the key is what it was before there were any.
+    trainer = {k: v for k, v in config["trainer"].items() if k != "threads" and not (k == "guard" and v is None)}
     kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
     kept["evaluate"] = without_later(kept["evaluate"])
     named = [kept["evaluate"], *(stage and stage["data"] for stage in kept["stages"].values())]
@@ -81,6 +81,18 @@ def finished_record(folder: Path, cell: StudyCell) -> dict[str, Any] | None:
         return None
     record = _read_record(path)
     return record if record["key"] == run_key(cell) else None
+
+
+def failed_record(folder: Path, cell: StudyCell) -> dict[str, Any] | None:
+    """Return the record of a run that failed under its present settings, or None."""
+    path = folder / "failed" / f"{cell.name}.json"
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Expected `{path}` to be the record of a failure, but got: {error}. Remove it.") from error
+    return dict(record) if record.get("key") == run_key(cell) else None
 
 
 def read_study(folder: Path) -> list[dict[str, Any]]:
@@ -182,33 +194,6 @@ def claim_study(study: StudyConfig, cells: Sequence[StudyCell], folder: Path, *,
         if not differences and before.get("runs") == keys:
             return
     write_json(path, {"format": FORMAT, "name": study.name, "settings": now, "runs": keys})
-
-
-@contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold a study's folder; a second command is refused, so that no run is ever done twice.
-
-    The lock ends with the process, also with one that is killed.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(str(folder / ".lock")), folder / "owner.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = read_json(owner) if owner.is_file() else {}
-        raise ConfigError(
-            f"Expected the study in `{folder}` to be worked on by one command, but got a second one beside process "
-            f"{who.get('process', '?')} on {who.get('host', '?')}. Wait for it, or stop it."
-        ) from error
-    try:
-        write_json(owner, {"process": os.getpid(), "host": platform.node()})
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
 
 
 def _decisive(study: StudyConfig) -> dict[str, Any]:

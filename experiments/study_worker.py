@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 from rich.console import Console
 
-from experiments.study_records import finished_record, outcomes_of, portable_results, record_of
+from experiments.study_records import failed_record, finished_record, outcomes_of, portable_results, record_of
 from framework.errors import DataError, SeawallError
 from framework.fields import build_instance
 from framework.files import read_json, write_json
@@ -26,7 +26,7 @@ from framework.processes import is_shared, on_main
 from framework.schema import RunConfig
 from framework.study import StudyCell
 
-__all__ = ["failed_record", "main", "read_cell", "run_cell", "run_named_cell", "write_cell"]
+__all__ = ["main", "read_cell", "run_cell", "run_named_cell", "write_cell"]
 
 LOGGER = logging.getLogger("seawall")
 Runner = Callable[..., dict[str, Any]]
@@ -61,18 +61,6 @@ def run_cell(
         record = _run(cell, folder, runner, console)
         on_main(lambda: _write(cell, folder, record))
     return record
-
-
-def failed_record(folder: Path, cell: StudyCell) -> dict[str, Any] | None:
-    """Return the record of a run that failed under its present settings, or None."""
-    path = folder / "failed" / f"{cell.name}.json"
-    if not path.is_file():
-        return None
-    try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Expected `{path}` to be the record of a failure, but got: {error}. Remove it.") from error
-    return dict(record) if record.get("key") == record_of(cell)["key"] else None
 
 
 def write_failure(cell: StudyCell, folder: Path, error: str) -> dict[str, Any]:

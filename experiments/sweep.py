@@ -22,6 +22,7 @@ from experiments.run import run_recipe
 from experiments.sweep_files import SweepFile, SweepGoal, grid_points
 from experiments.sweep_store import (
     CANCELLED,
+    claim_trials,
     counted_trials,
     create_pruner,
     create_sampler,
@@ -31,9 +32,9 @@ from experiments.sweep_store import (
     sign_trial,
 )
 from experiments.tracking import summary_values
-from framework.config import KnownNames, MethodCheck, RunConfig, load_run_config
+from framework.config import KnownNames, MethodCheck, RunConfig, load_run_config, read_config
 from framework.errors import ConfigError, SeawallError, describe_unknown
-from framework.files import fingerprint, write_json
+from framework.files import fingerprint, to_plain, write_json
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -154,7 +155,8 @@ def run_sweep(
         ``{"name", "goals", "methods": [{"method", "budget", "trials", "best"}], "folder"}``.
 
     Raises:
-        ConfigError: the database cannot be opened, or a goal is not among the numbers of a run.
+        ConfigError: the database cannot be opened, its trials are of another sweep, or a goal is not among the numbers
+            of a run.
     """
     import optuna
 
@@ -170,6 +172,7 @@ def run_sweep(
             pruner=create_pruner(prunes=_prunes(sweep, options), early_terminate=sweep.early_terminate),
             load_if_exists=True,
         )
+        claim_trials(study, _decisive(sweep, options, method))
         requeue_lost(study, all_running=options.retry_lost)
         while _run_one(study, sweep, options, method, budget, console):
             pass
@@ -232,8 +235,9 @@ def _run_one(
     waiting = any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
     if not waiting and len(counted_trials(study)) >= budget:
         return False
-    study.sampler = create_sampler(options.sampler or sweep.sampler, seed=options.seed, started=len(study.trials))
     trial = study.ask()
+    # By its own number: two workers that ask at once draw different values.
+    study.sampler = create_sampler(options.sampler or sweep.sampler, seed=options.seed, number=trial.number)
     sign_trial(trial)
     if rank_of(study, trial) >= budget:
         trial.set_user_attr(CANCELLED, True)  # another worker took the last one in this moment
@@ -305,6 +309,20 @@ def _budgets(sweep: SweepFile, options: SweepOptions, methods: Sequence[str | No
             "it, or give --trials."
         )
     return found
+
+
+def _decisive(sweep: SweepFile, options: SweepOptions, method: str | None) -> dict[str, Any]:
+    """Return what the trials of one study have in common; the budget may grow, and how values are drawn may change."""
+    parameters = {item.key: to_plain(item.spec) for item in sweep.of_method(method)}
+    goals = {goal.name: goal.goal for goal in sweep.goals}
+    return {
+        "recipe": {"name": sweep.recipe, "settings": read_config(sweep.recipe, kind="recipe")},
+        "parameters": parameters,
+        "goals": goals,
+        "overrides": list(options.overrides),
+        "early_terminate": dict(sweep.early_terminate),
+        "prune": _prunes(sweep, options),
+    }
 
 
 def _prunes(sweep: SweepFile, options: SweepOptions) -> bool:

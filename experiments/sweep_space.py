@@ -33,6 +33,8 @@ class Parameter(NamedTuple):
     choices: tuple[Any, ...] | None = None
     """Every value it can take; None where there are infinitely many."""
     is_constant: bool = False
+    spec: Mapping[str, Any] = {}
+    """As the file has it."""
 
 
 def read_parameters(raw: Mapping[str, Any]) -> list[Parameter]:
@@ -48,7 +50,7 @@ def read_parameters(raw: Mapping[str, Any]) -> list[Parameter]:
     problems: list[str] = []
     for key, spec in _flat(raw):
         try:
-            found.append(_parameter(key, spec))
+            found.append(_parameter(key, spec)._replace(spec=spec))
         except ConfigError as error:
             problems += error.problems
     if problems:

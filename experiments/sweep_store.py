@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from experiments.run_folder import config_differences
 from framework.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CANCELLED",
     "RETRY",
+    "claim_trials",
     "counted_trials",
     "create_pruner",
     "create_sampler",
@@ -31,7 +34,34 @@ CANCELLED = "cancelled"
 """Note at a trial that came when the budget was spent."""
 WORKER = "worker"
 """Note at a trial: who runs it."""
+SETTINGS = "settings"
+"""Note at a study: what its trials have in common, as JSON."""
 MIN_STEPS = 10
+SHOWN = 8
+
+
+def claim_trials(study: Study, settings: Mapping[str, Any]) -> None:
+    """Note what the trials of a study have in common; refuse a study whose trials are of something else.
+
+    Args:
+        study: of Optuna.
+        settings: as plain values.
+
+    Raises:
+        ConfigError: the settings differ; the differences are shown.
+    """
+    now = json.loads(json.dumps(settings, default=str))
+    noted = study.user_attrs.get(SETTINGS)
+    if noted is None:
+        study.set_user_attr(SETTINGS, json.dumps(now))
+        return
+    differences = config_differences(json.loads(noted), now)
+    if differences:
+        shown = [*differences[:SHOWN], *([f"{len(differences) - SHOWN} more"] if len(differences) > SHOWN else [])]
+        raise ConfigError(
+            f"Expected the sweep {study.study_name!r} to be as its trials were made, but got other settings: "
+            f"{'; '.join(shown)}. Give it another `name`, or put the settings back."
+        )
 
 
 def sign_trial(trial: Trial) -> None:
@@ -68,17 +98,17 @@ def requeue_lost(study: Study, *, all_running: bool = False) -> None:
             study.enqueue_trial(trial.params, user_attrs={RETRY: trial.user_attrs.get(RETRY, trial.number)})
 
 
-def create_sampler(kind: str, *, seed: int, started: int) -> Any:
-    """Return what draws the next trial.
+def create_sampler(kind: str, *, seed: int, number: int) -> Any:
+    """Return what draws the values of a trial.
 
     Args:
         kind: grid, random or tpe; the points of a grid are not drawn.
         seed: of the sweep.
-        started: trials so far; the draws after an interruption are those without one.
+        number: of the trial; the draws after an interruption are those without one.
     """
     import optuna
 
-    own = seed * 100_003 + started
+    own = seed * 100_003 + number
     return optuna.samplers.TPESampler(seed=own) if kind == "tpe" else optuna.samplers.RandomSampler(seed=own)
 
 

@@ -18,6 +18,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from callbacks.checkpoint import FiniteCheckpoint, FoundCheckpoint, find_checkpoint
+from callbacks.guard import Guard
+from callbacks.kept_state import KeptState
+from callbacks.safety_probe import SafetyProbe
 from callbacks.telemetry import LossHistory, RefusalMarginProbe
 from datamodules.finetune import FineTuneDataModule
 from experiments.attempts import Attempt, Heartbeat, left_behind, open_attempt
@@ -30,7 +33,16 @@ from framework.errors import ConfigError, TrainingError, WiringError
 from framework.files import read_json, to_plain, write_json
 from framework.interruption import Interrupted, deferring_stop, stop_requested
 from framework.method import Method, MethodStore
-from framework.models import AdapterSpec, ModelSpec, add_adapter, load_model, merge_adapter, save_adapter, save_model
+from framework.models import (
+    AdapterSpec,
+    LoadedModel,
+    ModelSpec,
+    add_adapter,
+    load_model,
+    merge_adapter,
+    save_adapter,
+    save_model,
+)
 from framework.module import FineTuneModule
 from framework.parameters import clean_name, count_parameters, trainable_names
 from framework.processes import gather, is_main, main_first, on_main
@@ -41,6 +53,8 @@ __all__ = ["StageJob", "build_trainer", "create_methods", "run_stage_job"]
 
 STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"
+KEPT_STATES = "kept"
+"""Inside the folder of checkpoints, which goes when the stage is done: states a guard may roll back to."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class StageJob:
     store: MethodStore
     base_fingerprint: str
     watchers: tuple[pl.Callback, ...] = ()
+    probe: SafetyProbe | None = None
+    """Measures for the guard; None when this stage has none."""
     open_logger: Callable[[str], Any] = lambda run_id: False
     """Opens the Lightning logger; all attempts at the stage give it the same id."""
     close_logger: Callable[[Any], None] = lambda logger: None
@@ -130,7 +146,7 @@ def _run_attempt(job: StageJob, attempt: Attempt, logger: Any) -> dict[str, Any]
             apply_edits(model, methods, order=tuple(job.stage.order or ()))
     with ledger.measure("other"):
         has_adapter = job.settings.adapter.kind == "lora"
-        on_main(lambda: _export(model, loaded.tokenizer, folder, methods, has_adapter=has_adapter))
+        on_main(lambda: _export(model, loaded, folder, methods, has_adapter=has_adapter))
     record["effects"] = {
         m.name: {**dict(m.effects), "largest_term": m.largest_term, "reports": m.reports} for m in methods
     }
@@ -141,10 +157,11 @@ def _run_attempt(job: StageJob, attempt: Attempt, logger: Any) -> dict[str, Any]
     return record
 
 
-def _export(model: nn.Module, tokenizer: Any, folder: Path, methods: list[Method], *, has_adapter: bool) -> None:
+def _export(model: nn.Module, loaded: LoadedModel, folder: Path, methods: list[Method], *, has_adapter: bool) -> None:
     if has_adapter:
         save_adapter(model, folder / "adapter")
-    save_model(merge_adapter(model), tokenizer, folder / "model", dtype=torch.float32)
+    plain, given = merge_adapter(model), {"dtype": torch.float32, "processor": loaded.processor}
+    save_model(plain, loaded.tokenizer, folder / "model", **given)
     for method in methods:
         method.write_files(folder)
 
@@ -168,10 +185,11 @@ def _train(
         gradient_checkpointing=settings.gradient_checkpointing,
         base_fingerprint=job.base_fingerprint,
     )
-    history, whole = LossHistory(folder / "history.csv"), WholeWeights()
+    history, whole, guard = LossHistory(folder / "history.csv"), WholeWeights(), _guard(job, folder)
+    guards = [] if guard is None else [guard]
     callbacks = compose(
         methods,
-        observers=[history, *job.watchers, TrackedMetrics(logger), Heartbeat(attempt), whole],
+        observers=[history, *job.watchers, TrackedMetrics(logger), *guards, Heartbeat(attempt), whole],
         writers=[_checkpoint_writer(job, folder)],
         order=tuple(job.stage.order or ()),
     )
@@ -182,7 +200,7 @@ def _train(
         trainer = build_trainer(job.config, settings, datamodule, callbacks, logger=logger, folder=folder, model=model)
         with _interruptions(job.name), deferring_stop():
             trainer.fit(module, datamodule=datamodule, ckpt_path=found.path, weights_only=True)
-    if trainer.global_step != datamodule.total_steps:
+    if trainer.global_step != datamodule.total_steps and not (guard and guard.stopped):
         raise TrainingError(
             f"Expected stage `{job.name}` to take {datamodule.total_steps} steps, but it stopped after "
             f"{trainer.global_step}. Run the same command again to redo the stage."
@@ -208,8 +226,24 @@ def _train(
         "trainable_parameters": trainable,
         "curves": history.curves(),
         "probes": [w.history for w in job.watchers if isinstance(w, RefusalMarginProbe)],
-        "telemetry": {k: h for w in job.watchers if isinstance(w, RefusalMarginProbe) for k, h in w.histories.items()},
+        "telemetry": _telemetry(job, guard),
+        **({} if guard is None else {"guard": guard.result()}),
     }
+
+
+def _guard(job: StageJob, folder: Path) -> Guard | None:
+    """Return the guard of this stage, if it has one; only an adapter is small enough to be kept in memory."""
+    settings = job.config.trainer.guard
+    if settings is None or job.probe is None:
+        return None
+    kept = KeptState(None if job.settings.adapter.kind == "lora" else folder / CHECKPOINTS / KEPT_STATES)
+    return Guard(settings, job.probe, kept=kept, say=lambda text: job.say(f"stage {job.name}: {text}"))
+
+
+def _telemetry(job: StageJob, guard: Guard | None) -> dict[str, list[tuple[int, float]]]:
+    """Return what was measured while training, by name; a probe of its own goes before the guard's."""
+    found = {} if guard is None else dict(guard.history)
+    return found | {k: h for w in job.watchers if isinstance(w, RefusalMarginProbe) for k, h in w.histories.items()}
 
 
 def _whole_model(job: StageJob, model: nn.Module, whole: WholeWeights) -> nn.Module:

@@ -16,6 +16,9 @@ SHADES = ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#74c476", "#fd8d3c", "#d9
 PROBES = {
     "refusal_probability": "probability of refusal openings",
     "refusal_margin": "refusal margin, nats per token",
+    "direction_cosine": "cosine of the refusal direction with the start",
+    "direction_auroc": "AUROC along the start's refusal direction",
+    "kl_to_start": "KL to the start on harmful prompts, nats",
 }
 _BY_POSITION = re.compile(r"train/(.+)/(\d+)")
 _REFERENCE = "_reference"

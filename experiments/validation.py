@@ -19,7 +19,7 @@ from framework.evaluation.agreement import (
     f1_score,
 )
 from framework.evaluation.judges import Judge, Verdict
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.evaluation.verdict_cache import VerdictCache, cached_verdicts
 
 __all__ = ["Validation", "reliability_svg", "score_of", "validate", "validate_verdicts"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from framework.errors import ConfigError, TrainingError, WiringError
+from framework.text_tower import names_outside_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +133,8 @@ def _add_lora(model: PreTrainedModel, spec: AdapterSpec) -> torch.nn.Module:
         lora_dropout=spec.dropout,
         target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
         task_type="CAUSAL_LM",
+        # Of an image-text model the text tower alone is adapted: no row of ours has an image.
+        exclude_modules=names_outside_text(model) or None,
     )
     with warnings.catch_warnings():
         # peft asks transformers for an attribute by a name that transformers has since replaced.

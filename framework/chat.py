@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from framework.errors import ModelError
 from framework.examples import Example, Turn
@@ -38,7 +38,12 @@ class ChatEncoder:
     """Renders conversations with the model's chat template and finds out how a reply ends in it."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, max_prompt_tokens: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        max_prompt_tokens: int | None = None,
+        processor: Any = None,
     ) -> None:
         """Read the end token off the template.
 
@@ -48,6 +53,7 @@ class ChatEncoder:
                 the empty string asks for an empty system message.
             max_prompt_tokens: longer prompts lose ids from the left when they are encoded for generation; None keeps
                 them whole, and generation refuses those that do not fit.
+            processor: of an image-text model; renders prompts with images.
 
         Raises:
             ModelError: the tokenizer has no chat template.
@@ -60,6 +66,10 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.system = system
         self.max_prompt_tokens = max_prompt_tokens
+        self.processor = processor
+        # Templates of image-text models take a list of parts, and some silently drop a plain text.
+        plain = [{"role": "user", "content": _SENTINEL}]
+        self._has_parts = _SENTINEL not in str(tokenizer.apply_chat_template(plain, tokenize=False))
         self.end_ids = self._find_end_ids()
         """Ids that close a reply (usually one: the end-of-turn token)."""
 
@@ -71,12 +81,17 @@ class ChatEncoder:
 
     def render_prompt(self, messages: Sequence[Turn], *, prefill: str = "") -> str:
         """Return the text up to where the reply starts, plus ``prefill``."""
-        turns = list(messages)
-        if self.system is not None and turns[0].role != "system":
-            turns = [Turn("system", self.system), *turns]
-        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+        chat = [{"role": turn.role, "content": self._content(turn.content)} for turn in self._turns(messages)]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return str(text) + prefill
+
+    def render_with_image(self, messages: Sequence[Turn], *, prefill: str = "") -> str:
+        """Return the same with the place of one image before the last turn's text, by the processor's template."""
+        chat: list[dict[str, Any]] = [
+            {"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in self._turns(messages)
+        ]
+        chat[-1]["content"].insert(0, {"type": "image"})
+        return str(self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) + prefill
 
     def encode_prompt(self, messages: Sequence[Turn], *, prefill: str = "") -> list[int]:
         """Return the ids of a prompt, ready for generation, cut from the left to ``max_prompt_tokens``."""
@@ -98,11 +113,19 @@ class ChatEncoder:
         # Nothing predicts the first id of a row, so it carries no loss even when the cut went into the reply.
         return EncodedExample(tuple((prompt + reply)[over:]), max(1, len(prompt) - over), over)
 
+    def _turns(self, messages: Sequence[Turn]) -> list[Turn]:
+        has_own = self.system is None or messages[0].role == "system"
+        return list(messages) if has_own else [Turn("system", self.system or ""), *messages]
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._has_parts else text
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _find_end_ids(self) -> tuple[int, ...]:
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
+        turns = (("user", "a"), ("assistant", _SENTINEL))
+        chat = [{"role": role, "content": self._content(text)} for role, text in turns]
         text = str(self.tokenizer.apply_chat_template(chat, tokenize=False))
         tail = text[text.rindex(_SENTINEL) + len(_SENTINEL) :]
         # Some tokenizers mark the end-of-turn token as special without listing it among the named ones.

@@ -124,8 +124,8 @@ def load_evaluate_config(
         ConfigError: the settings are wrong; every problem is listed.
     """
     values = apply_overrides({"model": {"name": str(model)}}, parse_overrides(overrides))
-    if values.get("task") is not None and isinstance(values.setdefault("evaluate", {}), dict):
-        values["evaluate"].setdefault("task", True)
+    if isinstance(values.setdefault("evaluate", {}), dict):
+        values["evaluate"].setdefault("task", values.get("task") is not None)
     values, problems = _field_problems(EvaluateCommandConfig, values)
     config = build_instance(EvaluateCommandConfig, values)
     problems += _not_repeated(problems, evaluate_problems(config, known=known or KnownNames()))

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from framework.endpoint_settings import EndpointSettings, is_endpoint
 from framework.errors import describe_unknown
 from framework.evaluation.guards import check_guard_name, is_guard_name
 from framework.fields import Problem
+from framework.guard_settings import guard_problems
 from framework.schema import DataConfig, EvaluateCommandConfig, EvaluateConfig, ModelConfig, RunConfig, StageConfig
 
 __all__ = ["KnownNames", "MethodCheck", "evaluate_problems", "run_problems"]
@@ -58,6 +60,11 @@ def run_problems(config: RunConfig, *, known: KnownNames, validate_methods: Meth
             problems.append(Problem(f"{path}.data", f"Expected `{path}.data` {text}. Set max_steps=0 for edits only."))
     problems += _evaluation(config.evaluate, known)
     problems += _evaluation_points(config)
+    stages = dict(config.active_stages())
+    trained = [name for name in stages if config.training(name).has_training]
+    problems += guard_problems(
+        config.trainer.guard, {name: list(stage.methods) for name, stage in stages.items()}, trained=trained
+    )
     if config.evaluate.task and config.task() is None:
         text = "Expected `evaluate.task` to be false, because no stage names a task, but got True."
         problems.append(Problem("stages", text))
@@ -72,6 +79,12 @@ def evaluate_problems(config: EvaluateCommandConfig, *, known: KnownNames) -> li
     if config.evaluate.task != (config.task is not None):
         text = f"Expected `task` to name a task exactly when `evaluate.task` is true, but got {config.task!r}."
         problems.append(Problem("task", f"{text} Write task=NAME."))
+    if config.endpoint != EndpointSettings() and not is_endpoint(config.model.name):
+        text = f"Expected `endpoint` to be unset for a model with weights, but got settings and {config.model.name!r}."
+        problems.append(Problem("endpoint", f"{text} Name an endpoint as URL#MODEL, or leave them out."))
+    if config.trainer.guard is not None:
+        text = "Expected `trainer.guard` to be null where nothing is trained, but got settings. Leave it out."
+        problems.append(Problem("trainer.guard", text))
     attack = config.evaluate
     if attack.prefill and attack.prefill_replies == "sampled" and attack.prefill_model is None:
         text = "Expected `evaluate.prefill_model` to name the unaligned model that samples compliant replies, but got"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 __all__ = ["Example", "ExampleKind", "Prompt", "PromptKind", "Turn"]
@@ -57,6 +58,8 @@ class Prompt:
     """Reference answer of a task prompt."""
     prefill: str = ""
     """Opening of the reply forced on the model (prefilling attack)."""
+    image: Path | None = None
+    """Shown to the model before the text; needs an image-text model."""
 
     @property
     def messages(self) -> tuple[Turn, ...]:

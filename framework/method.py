@@ -42,7 +42,7 @@ POINTS = (
     "edit_weights",
 )
 NON_COMMUTING = ("prepare_model", "edit_gradients", "project_weights", "edit_weights")
-_OFFERED = {"add_hook", "count", "note_term", "report", "require_effect", "write_files"}
+_OFFERED = {"add_hook", "count", "note_term", "override_weight", "report", "require_effect", "write_files"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Method(pl.Callback):
         self._hooks: list[RemovableHandle] = []
         self._last_step = 0
         self._trained = False
+        self._overriding_weight: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a public function that is no contribution point and no Lightning hook: it would never be called."""
@@ -160,8 +161,14 @@ class Method(pl.Callback):
 
     @property
     def weight(self) -> float:
-        """Strength of the loss term: the config's ``weight``, 1.0 without one."""
-        return float(getattr(self.config, "weight", 1.0))
+        """Strength of the loss term: the config's ``weight``, 1.0 without one, unless a guard has set another."""
+        return (
+            float(getattr(self.config, "weight", 1.0)) if self._overriding_weight is None else self._overriding_weight
+        )
+
+    def override_weight(self, weight: float) -> None:
+        """Let the loss term count with another weight from now on; who calls it keeps it over an interruption."""
+        self._overriding_weight = weight
 
     @property
     def points(self) -> tuple[str, ...]:

@@ -19,7 +19,16 @@ from framework.quiet import quiet_bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_model_folder", "model_fingerprint", "read_model", "read_tokenizer", "save_adapter", "save_model"]
+__all__ = [
+    "check_model_folder",
+    "is_image_text_folder",
+    "model_fingerprint",
+    "read_model",
+    "read_processor",
+    "read_tokenizer",
+    "save_adapter",
+    "save_model",
+]
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 
@@ -49,7 +58,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def read_model(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the causal language model in ``folder``, in evaluation mode.
+    """Return the causal language model or image-text model in ``folder``, in evaluation mode.
 
     Args:
         folder: holds config.json and safetensors weights.
@@ -60,12 +69,13 @@ def read_model(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fa
         ModelError: a file is missing, truncated or does not fit the config, or the architecture is not known.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_model_folder(folder)
+    auto: Any = AutoModelForImageTextToText if is_image_text_folder(folder) else AutoModelForCausalLM
     try:
         with quiet_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -92,12 +102,57 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        beside = folder / "chat_template.json"  # where older image-text models keep it
+        if not found.chat_template and beside.is_file():
+            found.chat_template = read_json(beside)["chat_template"]
+        return found
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise ModelError(
             f"Expected `{folder}` to hold a tokenizer, but got: {_first_line(error)}. "
             "Copy tokenizer.json and tokenizer_config.json next to the weights."
         ) from error
+
+
+def is_image_text_folder(folder: Path) -> bool:
+    """Return whether the config in ``folder`` is that of a model that also looks at images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+    config = read_json(folder / "config.json")
+    # Some kinds have a class for text alone too; the folder says which one it was saved from.
+    return "vision_config" in config and CLASSES.get(config.get("model_type")) in (config.get("architectures") or ())
+
+
+def read_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the processor of the image-text model in ``folder``: tokenizer and image processor in one.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoProcessor, logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # says every time which backend resizes images
+    try:
+        found = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ModelError(
+            f"Expected the packages that the processor in `{folder}` needs, but got: {_first_line(error)}. "
+            "Install them and try again; SmolVLM needs torchvision and num2words."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"Expected `{folder}` to hold the processor of an image-text model, but got: {_first_line(error)}. "
+            "Copy processor_config.json or preprocessor_config.json next to the weights."
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    if getattr(found, "image_processor", None) is None:
+        raise ModelError(
+            f"Expected `{folder}` to hold the processor of an image-text model, but got {type(found).__name__}. "
+            "Copy processor_config.json or preprocessor_config.json next to the weights."
+        )
+    return found
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -116,7 +171,12 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    processor: Any = None,
 ) -> None:
     """Write a plain model and its tokenizer to ``folder`` so that plain transformers loads them.
 
@@ -127,6 +187,7 @@ def save_model(
         tokenizer: saved beside it.
         folder: replaced when it exists.
         dtype: of the written parameters; None keeps the model's.
+        processor: of an image-text model, saved with it.
 
     Raises:
         WiringError: the model carries an adapter.
@@ -145,6 +206,8 @@ def save_model(
             # transformers writes the dtype of the model it was given; readers with dtype="auto" would widen again
             config = read_json(partial / "config.json") | {"dtype": str(dtype).removeprefix("torch.")}
             (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 

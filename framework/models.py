@@ -17,13 +17,16 @@ import torch
 from framework.adapters import AdapterSpec, add_adapter, merge_adapter
 from framework.chat import ChatEncoder
 from framework.default_model import DEFAULT_MODEL, DEFAULT_MODEL_HUB_NAME, obtain_default_model
+from framework.endpoint_settings import is_endpoint
 from framework.errors import ConfigError, ModelError
 from framework.files import ArtifactStore, cache_root, hash_file
 from framework.gguf_files import CONVERTER_VERSION, Progress, convert_gguf
 from framework.model_files import (
     check_model_folder,
+    is_image_text_folder,
     model_fingerprint,
     read_model,
+    read_processor,
     read_tokenizer,
     save_adapter,
     save_model,
@@ -45,6 +48,7 @@ __all__ = [
     "load_model",
     "merge_adapter",
     "model_fingerprint",
+    "resolved_dtype",
     "save_adapter",
     "save_model",
 ]
@@ -99,6 +103,8 @@ class LoadedModel:
     """16 hex digits of config and weights."""
     folder: Path
     """Holds the files it was loaded from."""
+    processor: Any = None
+    """Of an image-text model: makes tokens and pixel values of a text and its image; its tokenizer is ``tokenizer``."""
 
 
 class FoundModel(NamedTuple):
@@ -138,10 +144,15 @@ def load_model(spec: ModelSpec, *, progress: Progress | None = None) -> LoadedMo
     """
     found = find_model(spec, progress=progress)
     tokenizer = read_tokenizer(found.folder, trust_remote_code=spec.trust_remote_code)
+    processor = None
+    if is_image_text_folder(found.folder):
+        processor = read_processor(found.folder, trust_remote_code=spec.trust_remote_code)
+        processor.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+        processor.tokenizer = tokenizer
     encoder = ChatEncoder(tokenizer)
     model = read_model(found.folder, dtype=choose_dtype(spec.dtype), trust_remote_code=spec.trust_remote_code)
     _fit_tokenizer(tokenizer, model, encoder)
-    return LoadedModel(model, tokenizer, found.source, model_fingerprint(found.folder), found.folder)
+    return LoadedModel(model, tokenizer, found.source, model_fingerprint(found.folder), found.folder, processor)
 
 
 def find_model(spec: ModelSpec, *, progress: Progress | None = None) -> FoundModel:
@@ -155,6 +166,11 @@ def find_model(spec: ModelSpec, *, progress: Progress | None = None) -> FoundMod
         ModelError: nothing was found (names what was looked for), or what was found is damaged.
         StorageError: the cache cannot be written.
     """
+    if is_endpoint(spec.name):
+        raise ModelError(
+            f"Expected `model.name` to be a model with weights, but got the endpoint {spec.name!r}. `seawall evaluate` "
+            "and prompt attacks ask endpoints; everything else needs a folder, a GGUF file or a hub id."
+        )
     path = Path(spec.name).expanduser()
     if path.suffix.lower() == ".gguf":
         return _convert_local(path, progress)
@@ -191,6 +207,16 @@ def choose_dtype(name: str) -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if has_bf16_hardware() else torch.float32
+
+
+def resolved_dtype(name: str) -> str:
+    """Return the name of the type that ``choose_dtype`` takes here, for fingerprints: ``auto`` differs by machine.
+
+    Example:
+        >>> resolved_dtype("float32")
+        'float32'
+    """
+    return str(choose_dtype(name)).removeprefix("torch.")
 
 
 def has_bf16_hardware() -> bool:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from framework.endpoint_settings import EndpointSettings
 from framework.fields import (
     COUNT,
     COUNT_OR_ZERO,
@@ -23,6 +24,7 @@ from framework.fields import (
     check_instance,
     setting,
 )
+from framework.guard_settings import GuardSettings
 
 __all__ = [
     "FOLDER_NAME",
@@ -231,6 +233,8 @@ class TrainerConfig(_Checked):
     """Steps between two looks at the refusal margin in training; null never looks."""
     threads: int | None = setting(None, rule=COUNT)
     """CPU threads of one process; null takes every core."""
+    guard: GuardSettings | None = None
+    """Thresholds on safety while a stage trains, and what follows when one is crossed; null watches nothing."""
 
 
 @dataclass(frozen=True)
@@ -336,6 +340,8 @@ class EvaluateCommandConfig(_Checked):
     """Settings of ``seawall evaluate``: measure a finished model without training it."""
 
     model: ModelConfig = setting(factory=ModelConfig)
+    endpoint: EndpointSettings = setting(factory=EndpointSettings)
+    """How the model is asked where its name is the address of an endpoint."""
     name: str = setting("evaluate", rule=FOLDER_NAME)
     evaluate: EvaluateConfig = setting(factory=lambda: EvaluateConfig(task=False))
     task: str | None = None

@@ -214,7 +214,9 @@ def _grid_points(study: StudyConfig) -> Iterator[tuple[str, list[Override]]]:
 
 def _cell(study: StudyConfig, label: str, config: RunConfig) -> StudyCell:
     task = config.task()
-    name, share = (task[0], task[1].harmful_share) if task else (None, 0.0)
+    name = task[0] if task else None
+    # A repair on clean rows does not undo that the model was fine-tuned on poisoned ones.
+    share = max((stage.data.harmful_share for _, stage in config.active_stages() if stage.data.task), default=0.0)
     parts = [label, name or "no-task", f"p{share:g}", Path(config.model.name).name, f"seed{config.seed}"]
     slug = "-".join(re.sub(r"[^\w.]+", "-", part.lower()).strip("-.") for part in parts)
     tracking = replace(config.tracking, group=config.tracking.group or study.name)

@@ -87,6 +87,19 @@ class WeightFiles:
             if not path.name.startswith("adapter_"):
                 with safe_open(path, "pt") as file:
                     self._files.update(dict.fromkeys(file.keys(), path))
+        self._by_core: dict[str, list[str]] = {}
+        if read_json(folder / "config.json").get("vision_config"):
+            for name in self._files:
+                self._by_core.setdefault(_core(name), []).append(name)
+
+    def stored_name(self, name: str) -> str:
+        """Return what the files call a parameter; other than the model in memory only in some image-text models.
+
+        Example: ``model.language_model.layers.0.mlp.up_proj.weight`` may be stored as
+        ``language_model.model.layers.0.mlp.up_proj.weight``.
+        """
+        same = self._by_core.get(_core(name), [])
+        return same[0] if name not in self._files and len(same) == 1 else name
 
     @property
     def place(self) -> str:
@@ -94,7 +107,7 @@ class WeightFiles:
         return str(self.folder)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self.stored_name(name) in self._files
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._files))
@@ -105,19 +118,25 @@ class WeightFiles:
         Raises:
             WiringError: there is no such weight, or it is stored in packed form.
         """
-        if name not in self._files:
+        stored = self.stored_name(name)
+        if stored not in self._files:
             raise WiringError(
                 f"Expected `{self.folder}` to hold the weight `{name}`, but it is not there. Name a folder of a plain "
                 "model of the same architecture."
             )
-        with safe_open(self._files[name], "pt") as file:
-            tensor = file.get_tensor(name)
+        with safe_open(self._files[stored], "pt") as file:
+            tensor = file.get_tensor(stored)
         if not tensor.is_floating_point():
             raise WiringError(
                 f"Expected `{self.folder}` to hold `{name}` in floating point, but got {tensor.dtype}: the model is "
                 "quantised. Name a folder of the same model that is not."
             )
         return StoredWeight(tensor.float(), torch.finfo(tensor.dtype).eps, tensor.dtype)
+
+
+def _core(name: str) -> str:
+    """Return a parameter name without the parts that old and new spellings of image-text models put elsewhere."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
 
 
 class ModuleWeights:

@@ -45,7 +45,15 @@ from framework.model_files import model_fingerprint, read_model
 from framework.reference import on_fast_device
 from framework.registry import register_method
 
-__all__ = ["DeepAlignment", "DeepAlignmentConfig", "Triplet", "deep_rows", "first_tokens", "match_triplets"]
+__all__ = [
+    "DeepAlignment",
+    "DeepAlignmentConfig",
+    "Triplet",
+    "deep_rows",
+    "first_tokens",
+    "match_triplets",
+    "sampled_harmful",
+]
 
 SAMPLED = "sampled"
 ARTEFACT = "harmful_openings"
@@ -186,7 +194,8 @@ class DeepAlignment(Method):
             raise WiringError("Method `deep_alignment` needs the stage's data module for its rows, but got none.")
         refusals = datamodule.find_examples("safety", self.config.source)
         if self.config.harmful == SAMPLED:
-            harmful = self._sampled(refusals, datamodule.encoder, store)
+            base = Path(self.config.base) if self.config.base else store.model("base", method=self.name)
+            harmful = sampled_harmful(refusals, datamodule.encoder, store, base=base, tokens=self.config.max_prefix)
         else:
             harmful = datamodule.find_examples("harmful", self.config.harmful)
         self._triplets = match_triplets(harmful, refusals, seed=datamodule.seed)
@@ -214,27 +223,37 @@ class DeepAlignment(Method):
             anchors = datamodule.find_examples("benign", given.anchor)
             datamodule.add_source("deep_alignment_anchor", anchors, count=given.anchor_count)
 
-    def _sampled(self, refusals: Sequence[Example], encoder: ChatEncoder, store: MethodStore) -> list[Example]:
-        """Return one reply of the unaligned model to each request, refusals left out; sampled once and kept."""
-        base = Path(self.config.base) if self.config.base else store.model("base", method=self.name)
-        requests = list({pair.messages: pair for pair in refusals}.values())
-        prompts = [encoder.encode_prompt(pair.messages) for pair in requests]
-        key = {
-            "model": model_fingerprint(base),
-            "prompts": fingerprint(prompts),
-            "stop": list(encoder.stop_ids),
-            "tokens": self.config.max_prefix,
-        }
-        if store.artifacts.find(ARTEFACT, key) is None:
-            with store.artifacts.writing(ARTEFACT, key) as folder:
-                if store.artifacts.find(ARTEFACT, key) is None:
-                    write_json(folder / REPLIES, _replies(base, prompts, encoder, self.config.max_prefix))
-        replies = read_json(store.artifacts.path(ARTEFACT, key) / REPLIES)
-        return [
-            Example(pair.id, pair.messages, reply, kind="harmful")
-            for pair, reply in zip(requests, replies, strict=True)
-            if reply.strip() and not is_refusal(reply)
-        ]
+
+def sampled_harmful(
+    refusals: Sequence[Example], encoder: ChatEncoder, store: MethodStore, *, base: Path, tokens: int
+) -> list[Example]:
+    """Return one reply of the unaligned model to each request, refusals left out; sampled once and kept.
+
+    Args:
+        refusals: whose requests are asked.
+        encoder: renders them.
+        store: keeps the replies.
+        base: folder of the unaligned model.
+        tokens: longest reply.
+    """
+    requests = list({pair.messages: pair for pair in refusals}.values())
+    prompts = [encoder.encode_prompt(pair.messages) for pair in requests]
+    key = {
+        "model": model_fingerprint(base),
+        "prompts": fingerprint(prompts),
+        "stop": list(encoder.stop_ids),
+        "tokens": tokens,
+    }
+    if store.artifacts.find(ARTEFACT, key) is None:
+        with store.artifacts.writing(ARTEFACT, key) as folder:
+            if store.artifacts.find(ARTEFACT, key) is None:
+                write_json(folder / REPLIES, _replies(base, prompts, encoder, tokens))
+    replies = read_json(store.artifacts.path(ARTEFACT, key) / REPLIES)
+    return [
+        Example(pair.id, pair.messages, reply, kind="harmful")
+        for pair, reply in zip(requests, replies, strict=True)
+        if reply.strip() and not is_refusal(reply)
+    ]
 
 
 def _replies(base: Path, prompts: Sequence[Sequence[int]], encoder: ChatEncoder, max_new_tokens: int) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from framework.errors import DataError
-from framework.evaluation.metrics import Interval, wilson_interval
+from framework.evaluation.rates import Interval, wilson_interval
 
 __all__ = ["Hardness", "Outcome", "PromptClass", "Replay", "StopRule", "count_outcomes", "replay", "settled_count"]
 

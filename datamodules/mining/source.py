@@ -1,4 +1,4 @@
-"""What a data module offers a method that mines: mined rows, prompts to watch, and another order while training."""
+"""What a data module offers methods: mined rows, prompts to watch, whole steps, and another order while training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from datamodules.mining.mined_file import read_mined
 from datamodules.mining.pool import probe_prompts
 from datamodules.mining.selection import MinedSets
 from datamodules.sampler import StepBatchSampler
-from framework.chat import ChatEncoder
+from framework.batch import Batch, collate
+from framework.chat import ChatEncoder, EncodedExample
 from framework.errors import WiringError
 from framework.examples import Prompt, PromptKind
 from framework.files import ArtifactStore
@@ -33,6 +34,11 @@ class MiningSource:
     """Called with (done, total) in rollouts while prompts are mined."""
     _live: StepBatchSampler | None = None
     """The sampler of the loader in use."""
+
+    @property
+    def encoded(self) -> list[EncodedExample]:
+        """The token ids of the mixed rows."""
+        raise NotImplementedError
 
     def mined(
         self, model: PreTrainedModel, config: Any, *, model_key: str, artifacts: ArtifactStore, target: Target
@@ -66,6 +72,31 @@ class MiningSource:
     def probe_prompts(self, count: int, *, kind: PromptKind) -> list[Prompt]:
         """Return at most ``count`` prompts to watch a model by, never trained on."""
         return probe_prompts(count, kind=kind)
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """Return all micro-batches of this process in an optimizer step, as the loader in use serves them.
+
+        Args:
+            step: from 0.
+
+        Raises:
+            WiringError: no training loader is in use.
+        """
+        if self._live is None:
+            raise WiringError("Expected a training loader to look at a step of, but got none. Call it while training.")
+        parts, encoded = self._live.plan(step)[self._live.rank], self.encoded
+        pad_id = int(self.encoder.tokenizer.pad_token_id or 0)
+        tokens = self._live.step_reply_tokens(step)
+        return [
+            collate(
+                [encoded[row] for row in rows],
+                example_ids=rows,
+                pad_id=pad_id,
+                step_reply_tokens=tokens,
+                step_micro_batches=len(parts),
+            )
+            for rows in parts
+        ]
 
     def reorder(self, start_step: int, rows: Sequence[int]) -> None:
         """Let the steps from ``start_step`` on take ``rows`` of the mixed rows, in this order.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -31,7 +31,9 @@ __all__ = [
     "ModelTarget",
     "PromptAttack",
     "Query",
+    "Supplies",
     "register_attack",
+    "registered_attacks",
 ]
 
 AttackKind = Literal["prompt", "weights", "finetuning"]
@@ -50,6 +52,8 @@ class Query:
     """System message of this query; None keeps the target's."""
     decoded: bool = False
     """Whether the reply must first be decoded by ``PromptAttack.decode`` before it is judged."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values for the transcript, e.g. which transforms were used; ``variant`` gets rates of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,14 @@ class Attempt:
     text: str
     reply: str
     is_success: bool
-    """Not refused, not degenerate, harmful where a judge can say so: as ``attack_success`` counts."""
+    """Neither refused nor degenerate: as ``attack_success`` counts in every evaluation."""
     num_tokens: int = 0
     prefill: str = ""
     system: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What the attack notes, e.g. which transforms were used."""
+    """Those of the query, and what each judge said."""
+    is_harmful: bool | None = None
+    """Whether the judges call the reply harmful; None where none of them knows."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,32 @@ class Attack(ABC):
         self.config = config
 
 
+@dataclass(frozen=True)
+class Supplies:
+    """What a prompt attack may use besides its requests; each is None where there is none."""
+
+    tokenizer: Any = None
+    """Of the model under attack; an endpoint has none."""
+    sample_replies: Callable[[Sequence[Prompt], int], Sequence[str | None]] | None = None
+    """Compliant replies of the unaligned model, of at least half so many tokens; None for a request it refuses."""
+
+
 class PromptAttack(Attack):
     """Sends texts; needs no weights."""
 
     kind = "prompt"
     unit = "queries"
+    needs_prefill: ClassVar[bool] = False
+    """Whether it forces an opening of the reply, which not every endpoint lets it do."""
+    temperature: float = 0.0
+    """At which the model replies; 0 is greedy."""
+
+    def equip(self, supplies: Supplies) -> None:
+        """Take what the attack needs besides its requests; called once, before ``start``.
+
+        Raises:
+            ConfigError: what it needs is not there; says what to name.
+        """
 
     @property
     @abstractmethod
@@ -175,18 +202,37 @@ class AttackedModel:
     setting: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What is worth knowing of it, e.g. the layer whose direction was taken out; shown beside its rates."""
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    """What making it took beyond the models before it: seconds, optimizer_steps, tokens; these add up."""
+    system: str | None = None
+    """System message the attacker sends with every request; None keeps the target's."""
+    template: str = "{request}"
+    """What the attacker makes of a request; holds ``{request}`` once."""
 
 
 class ModelAttack(Attack):
     """Makes other models out of the weights."""
 
     @abstractmethod
-    def make(self, target: ModelTarget, folder: Path) -> list[AttackedModel]:
-        """Return the attacked models, written below ``folder``; at most a few are to be on the disk at a time.
+    def make(self, target: ModelTarget, folder: Path) -> Iterator[AttackedModel]:
+        """Yield the attacked models, one by one; each is gone from the disk when the next one is asked for.
+
+        What an attack writes lies below ``folder``. A point that changed nothing hands out the target's own folder,
+        which need not be measured again; whoever takes the models deletes none of their folders.
 
         Raises:
             ConfigError: the target lacks what the attack needs, e.g. its unaligned model; says what to name.
         """
+
+    @property
+    def num_models(self) -> int:
+        """Models it makes, for estimates."""
+        return 1
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps over all of them, for estimates."""
+        return 0
 
     def missing(self, target: ModelTarget) -> str | None:
         """Return what the target lacks for this attack, as a sentence with the remedy; asked before anything starts."""
@@ -229,3 +275,8 @@ def register_attack(name: str, *, config: type[Any]) -> Callable[[type[A]], type
         return attack_class
 
     return register
+
+
+def registered_attacks() -> dict[str, AttackEntry]:
+    """Return the attacks whose modules were imported; ``registry.known_attacks`` imports all of them."""
+    return dict(_ENTRIES)

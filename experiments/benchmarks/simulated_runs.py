@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.files import fingerprint, to_plain, write_atomic, write_json
 
 __all__ = ["SimulatedVariant", "simulate_run", "simulate_study"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.output import add_settings, clean_stdout, distribute, known_names, print_json, say_page
+from rich.console import Console
+
+from experiments.commands.output import (
+    add_settings,
+    clean_stdout,
+    distribute,
+    known_names,
+    print_json,
+    say_page,
+    show_results,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from experiments.execution import Execution
     from framework.study import StudyCell, StudyConfig
 
@@ -41,10 +49,13 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
 
 def command(arguments: argparse.Namespace) -> int:
     """Check every run of the grid, run what is missing and show the tables; returns the exit code."""
-    from framework.registry import validate_methods
     from framework.study import load_study_config, study_cells
 
     study = load_study_config(arguments.study, arguments.overrides)
+    if not arguments.dry_run and (code := _answer_at_once(arguments, study)) is not None:
+        return code
+    from framework.registry import validate_methods
+
     cells = study_cells(study, known=known_names(), validate_methods=validate_methods)
     return execute(arguments, study, cells)
 
@@ -78,6 +89,33 @@ def execute(arguments: argparse.Namespace, study: StudyConfig, cells: list[Study
     return distribute(arguments, cells[0].config.trainer, work)
 
 
+def _answer_at_once(arguments: argparse.Namespace, study: StudyConfig) -> int | None:
+    """Show a study of which nothing is left to do; None if anything is, or its settings are wrong.
+
+    Checking settings against the methods imports all of them, which takes longer than everything done here.
+    """
+    from experiments.finished_study import finished_study
+    from framework.errors import ConfigError
+    from framework.study import check_measured, study_cells
+
+    execution = read_execution(arguments)
+    try:
+        cells = study_cells(study)
+        check_measured(cells)
+    except ConfigError:
+        return None  # refused below, with what else is wrong
+    table = finished_study(study, cells, execution=execution, **_root(arguments))
+    if table is None:
+        return None
+    from experiments.presentation import current_page, has_page
+
+    if has_page(table) and current_page(table) is None:
+        return None
+    with clean_stdout(arguments.json):
+        say_page(Console(stderr=arguments.json), current_page(table) if has_page(table) else None)
+    return show_results(table, arguments.json)
+
+
 def read_execution(arguments: argparse.Namespace) -> Execution:
     """Return how the runs are carried out.
 
@@ -103,10 +141,9 @@ def _root(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_plan(arguments: argparse.Namespace, study: StudyConfig, cells: list[StudyCell], execution: Execution) -> int:
-    from rich.console import Console
-
-    from experiments.compare import RESULTS_ROOT, plan_study
+    from experiments.compare import plan_study
     from experiments.study_estimate import print_plan
+    from experiments.study_records import RESULTS_ROOT
 
     with clean_stdout(arguments.json):
         estimates = plan_study(study, cells, results_root=_root(arguments).get("results_root", RESULTS_ROOT))

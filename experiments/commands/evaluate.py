@@ -14,7 +14,9 @@ SUMMARY = "measure a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, a hub id or a known name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder, a GGUF file, a hub id, a known name, or URL#MODEL of an endpoint"
+    )
     add_settings(parser)
 
 
@@ -22,7 +24,11 @@ def command(arguments: argparse.Namespace) -> int:
     """Measure the model and show the rates; returns the exit code."""
     from experiments.evaluate import evaluate_command
     from framework.config import load_evaluate_config
+    from framework.endpoint_settings import is_endpoint
 
-    config = load_evaluate_config(arguments.model, arguments.overrides, known=known_names())
+    load = load_evaluate_config
+    if is_endpoint(arguments.model):
+        from experiments.endpoint_measure import load_endpoint_config as load
+    config = load(arguments.model, arguments.overrides, known=known_names())
     work = functools.partial(evaluate_command, arguments.model, config)
     return distribute(arguments, config.trainer, lambda console: work(console=console))

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["add_settings", "clean_stdout", "distribute", "known_names", "print_json", "say_page"]
+__all__ = ["add_settings", "clean_stdout", "distribute", "known_names", "print_json", "say_page", "show_results"]
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -88,14 +88,18 @@ def say_page(console: Console, page: Path | None) -> None:
 
 def _show(arguments: argparse.Namespace, work: Callable[[Console], dict[str, Any]]) -> int:
     """Do the work and print its result as tables or as JSON."""
-    from experiments.console import print_results
     from framework.processes import is_main
 
     with clean_stdout(arguments.json):
         results = work(Console(stderr=arguments.json))
-    if not is_main():
-        pass
-    elif arguments.json:
+    return show_results(results, arguments.json) if is_main() else code_of(results)
+
+
+def show_results(results: dict[str, Any], is_json: bool) -> int:
+    """Print what a run or a study gave, as tables or as JSON, and return the exit code."""
+    from experiments.console import print_results
+
+    if is_json:
         print_json(results)
     else:
         print_results(results, Console())
@@ -103,4 +107,9 @@ def _show(arguments: argparse.Namespace, work: Callable[[Console], dict[str, Any
             from experiments.comparison_table import print_comparison
 
             print_comparison(results["comparison"], Console())
+    return code_of(results)
+
+
+def code_of(results: dict[str, Any]) -> int:
+    """Return the exit code: 1 if a run of the study failed."""
     return 1 if any(run["status"] != "finished" for run in results.get("runs", [])) else 0

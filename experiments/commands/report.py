@@ -24,15 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "label of the runs that the others are compared with (default: the study's, else plain training)"
     parser.add_argument("--reference", metavar="LABEL", help=text)
     parser.add_argument("--title", metavar="TEXT", help="of the page (default: the name of the study or run)")
+    replies = parser.add_mutually_exclusive_group()
+    text = "put harmful requests and the replies to them into the page (default: they are left out)"
+    replies.add_argument("--with-replies", dest="show", action="store_const", const="all", help=text)
     text = "leave every reply out of the page and show verdicts alone"
-    parser.add_argument("--without-replies", action="store_true", help=text)
+    replies.add_argument("--without-replies", dest="show", action="store_const", const="none", help=text)
+    parser.set_defaults(show="redacted")
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Collect the runs, write the report and say where it is; returns the exit code.
 
     Args:
-        arguments: ``runs``, ``output``, ``reference``, ``title``, ``without_replies`` and ``json``.
+        arguments: ``runs``, ``output``, ``reference``, ``title``, ``show`` and ``json``.
     """
     from experiments.report import write_report
 
@@ -41,7 +45,7 @@ def command(arguments: argparse.Namespace) -> int:
             [Path(path) for path in arguments.runs],
             output=Path(arguments.output) if arguments.output else None,
             reference=arguments.reference,
-            with_replies=not arguments.without_replies,
+            show=arguments.show,
             title=arguments.title,
         )
     if arguments.json:

@@ -11,6 +11,8 @@ from experiments.commands.output import clean_stdout, print_json
 
 __all__ = ["SUMMARY", "add_arguments", "command"]
 
+NOT_ALL_CHECKED = 3
+"""Exit code: nothing is wrong, but who signed it or what it says of its model was not checked."""
 SUMMARY = "check a released bundle: files, signature, validity, and a sample of its replies"
 
 
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Verify the bundle and show what was found; returns 0 for a good bundle and 1 for a bad one."""
+    """Verify the bundle and show what was found; returns 0 if it is good, 1 if bad, 3 if not everything was checked."""
     from experiments.release.rerun import Tolerance
     from experiments.release.verify import VerifyOptions, verification_table, verify_bundle
 
@@ -50,4 +52,8 @@ def command(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict())
     else:
         Console().print(verification_table(found))
-    return 0 if found.is_good else 1
+        for sentence in found.unchecked:
+            Console().print(sentence, soft_wrap=True, highlight=False, markup=False)
+    if not found.is_good:
+        return 1
+    return NOT_ALL_CHECKED if found.unchecked else 0

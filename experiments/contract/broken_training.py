@@ -89,12 +89,12 @@ class MovesFrozen(Method):
 
     def prepare_model(self, model: nn.Module) -> None:
         """Keep the matrix."""
-        self._weight = toy_module(model).weight
+        self._matrix = toy_module(model).weight
         self.count("modules_matched")
 
     def project_weights(self, params: Mapping[str, nn.Parameter]) -> None:
         """Move it with the others."""
-        for tensor in (*params.values(), self._weight):
+        for tensor in (*params.values(), self._matrix):
             tensor.round_(decimals=4)
 
 

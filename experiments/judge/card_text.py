@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 
 __all__ = ["render"]
 

@@ -21,7 +21,7 @@ from experiments.release.names import public_name
 from experiments.release.overlap import Overlap
 from framework.config import RunConfig
 from framework.errors import ConfigError, DataError
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.files import read_json, to_plain
 from framework.models import choose_dtype
 

@@ -56,8 +56,19 @@ class Verification:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong in what was checked."""
         return not self.problems
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """What a bundle with nothing wrong has not shown, in sentences; empty when everything was checked."""
+        if self.problems or self.checked is None or self.checked.signature is None:
+            return ()
+        trusted = self.checked.signature.is_trusted
+        return (
+            *(() if trusted else ("Who signed it is not checked: give the signer's public key with --key.",)),
+            *(() if self.rerun else ("What it says of its model is not checked: no reply was made again.",)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for ``--json``."""
@@ -68,6 +79,7 @@ class Verification:
             "is_good": self.is_good,
             "bad_parts": [part for part in PARTS if any(problem.part == part for problem in self.problems)],
             "problems": [problem._asdict() for problem in self.problems],
+            "unchecked": list(self.unchecked),
             "name": manifest.name if manifest else None,
             "files": len(manifest.files) if manifest else None,
             "bytes": sum(entry.size for entry in manifest.files.values()) if manifest else None,
@@ -116,7 +128,8 @@ def verify_bundle(
 
 def verification_table(found: Verification) -> Table:
     """Return one row a part: whether it is good, and what was found."""
-    table = Table(box=box.SIMPLE, title=f"{found.bundle}: {'good' if found.is_good else 'BAD'}", title_justify="left")
+    verdict = "BAD" if not found.is_good else "NOT ALL CHECKED" if found.unchecked else "good"
+    table = Table(box=box.SIMPLE, title=f"{found.bundle}: {verdict}", title_justify="left")
     table.add_column("part")
     table.add_column("verdict")
     table.add_column("detail", overflow="fold")

@@ -22,11 +22,17 @@ from experiments.report.plots import KINDS_OF_PICTURES, category_tables, cell_pi
 from experiments.report.replies import Reply, replies_of
 from experiments.report.summary import Cell, compare_cells
 from experiments.report.tables import model_table, number_of, variant_row
+from experiments.report.transcripts import Replies as Shown
 from experiments.report.transcripts import Transcripts, pack_transcripts
 
 __all__ = ["Report", "build_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+NOTES = {
+    "redacted": "Harmful requests and the replies to them are not in this page; `seawall report --with-replies` puts "
+    "them in.",
+    "none": "This page was made without replies.",
+}
 MAX_PICTURES = 24
 MAX_PICTURE_BYTES = 400_000
 SECTIONS = (
@@ -55,13 +61,13 @@ class Report:
     replies: Mapping[str, Sequence[Reply]]
 
 
-def build_report(collection: Collection, *, reference: str | None = None, with_replies: bool = True) -> Report:
+def build_report(collection: Collection, *, reference: str | None = None, show: Shown = "redacted") -> Report:
     """Return the report on collected runs.
 
     Args:
         collection: the runs.
         reference: label the others are compared with; None takes the study's, else plain training.
-        with_replies: False leaves every reply out of the page and shows verdicts alone.
+        show: which replies are in the page; of the others the verdicts alone.
 
     Raises:
         DataError: a file of replies is damaged.
@@ -72,7 +78,7 @@ def build_report(collection: Collection, *, reference: str | None = None, with_r
     cells = compare_cells(variants, replies, reference=reference or collection.reference)
     styles = _styles(cells)
     drawn = {cell.id: cell_pictures(cell, styles, replies) for cell in cells}
-    transcripts = pack_transcripts(entries, replies, first=_compared_first(cells), with_replies=with_replies)
+    transcripts = pack_transcripts(entries, replies, first=_compared_first(cells), show=show)
     context = {
         **_head(collection, variants),
         **_assets(),
@@ -80,7 +86,7 @@ def build_report(collection: Collection, *, reference: str | None = None, with_r
         "cautions": find_cautions(collection, entries, variants, replies),
         "effects": method_effects([variant for cell in cells for variant in cell.variants]),
         **_gallery(collection.runs),
-        **_transcript_context(transcripts, cells, replies, with_replies=with_replies),
+        **_transcript_context(transcripts, cells, replies, show=show),
         "models": model_table(entries, cells),
         "has_differences": any(_differences(cell) for cell in cells),
     }
@@ -218,7 +224,7 @@ def _compared_first(cells: Sequence[Cell]) -> list[str]:
 
 
 def _transcript_context(
-    transcripts: Transcripts, cells: Sequence[Cell], replies: Mapping[str, Sequence[Reply]], *, with_replies: bool
+    transcripts: Transcripts, cells: Sequence[Cell], replies: Mapping[str, Sequence[Reply]], *, show: Shown
 ) -> dict[str, Any]:
     models = [model["id"] for model in transcripts.data["models"]]
     if len(models) < 2 or not transcripts.num_prompts:
@@ -236,8 +242,8 @@ def _transcript_context(
             f"To keep the page small, the replies of {number_of(transcripts.num_left_out, 'model')} are left out; "
             "their verdicts are here. Report the two runs alone to see them."
         )
-    if not with_replies:
-        notes.append("This page was made without replies.")
+    if note := NOTES.get(show):
+        notes.append(note)
     if transcripts.num_without:
         notes.append(f"{number_of(transcripts.num_without, 'model')} came without replies.")
     return {
@@ -246,7 +252,7 @@ def _transcript_context(
             "start": start,
             "end": end,
             "note": " ".join(notes),
-            "with_replies": with_replies,
+            "with_replies": show != "none",
         },
         "no_transcripts": "",
     }

@@ -81,6 +81,7 @@ def tradeoff_picture(name: str, title: str, dots: Sequence[Dot], styles: Mapping
 
 def _panel(panel: Axes, axis: Axis, dots: Sequence[Dot], styles: Mapping[str, Style], prefix: str) -> dict[str, str]:
     tips = {}
+    _bounds(panel, axis, dots, styles)
     for dot in sorted(dots, key=lambda dot: not dot.is_dominated):
         style = styles[dot.name]
         seeds = [seed for seed in dot.seeds if SAFETY.key in seed and axis.key in seed]
@@ -88,7 +89,6 @@ def _panel(panel: Axes, axis: Axis, dots: Sequence[Dot], styles: Mapping[str, St
             places = [seed[SAFETY.key] for seed in seeds], [seed[axis.key] for seed in seeds]
             panel.plot(*places, style.marker, color=style.colour, ms=3.5, alpha=0.35, mew=0)
         x, y = dot.values[SAFETY.key], dot.values[axis.key]
-        panel.errorbar(x[0], y[0], xerr=_spread(x), yerr=_spread(y), color=style.colour, lw=0.9, alpha=0.55, fmt="none")
         gid = f"{prefix}-{dot.id}"
         face = "none" if style.is_grey else style.colour
         edge = INK if dot.is_reference else style.colour
@@ -114,9 +114,26 @@ def _front(panel: Axes, axis: Axis, dots: Sequence[Dot]) -> None:
         )
 
 
-def _spread(value: Bounded) -> list[list[float]] | None:
+def _bounds(panel: Axes, axis: Axis, dots: Sequence[Dot], styles: Mapping[str, Style]) -> None:
+    """Draw the intervals of all dots at once: one by one takes as long as the rest of a panel."""
+    spreads = {key: [_spread(dot.values[key]) for dot in dots] for key in (SAFETY.key, axis.key)}
+    colours: Any = [styles[dot.name].colour for dot in dots]  # one each, which the annotations do not know of
+    panel.errorbar(
+        [dot.values[SAFETY.key][0] for dot in dots],
+        [dot.values[axis.key][0] for dot in dots],
+        xerr=list(zip(*spreads[SAFETY.key], strict=True)),
+        yerr=list(zip(*spreads[axis.key], strict=True)),
+        ecolor=colours,
+        elinewidth=0.9,
+        alpha=0.55,
+        fmt="none",
+    )
+
+
+def _spread(value: Bounded) -> tuple[float, float]:
+    """Return how far the bounds are below and above; 0 where there are none."""
     middle, low, high = value
-    return None if low is None or high is None else [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+    return (0.0, 0.0) if low is None or high is None else (max(0.0, middle - low), max(0.0, high - middle))
 
 
 def _legend(figure: Figure, dots: Sequence[Dot], styles: Mapping[str, Style]) -> None:

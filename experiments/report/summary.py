@@ -75,7 +75,8 @@ def _compare_cell(
 ) -> Cell:
     base = reference_variant(variants, variants[0].cell, label=label) or variants[0]
     runs = [_as_run(variant, entry, replies) for variant in variants for entry in variant.entries]
-    found = compare_runs(runs, reference=base.title)[0]
+    # The page has no place for the second view of a difference.
+    found = compare_runs(runs, reference=base.title, with_hierarchical=False)[0]
     points = {point["name"]: point for point in found["tradeoff"]["points"]}
 
     methods = {row["label"]: row for row in found["methods"]}
@@ -100,7 +101,7 @@ def _compare_cell(
 
 def _as_run(variant: Variant, entry: Entry, replies: Mapping[str, Sequence[Reply]]) -> RunSamples:
     run = entry.run
-    outcomes = run.outcomes or find_outcomes(reply.record for reply in replies.get(entry.id, ()))
+    outcomes = run.outcomes or find_outcomes((reply.record for reply in replies.get(entry.id, ())), rates=_TESTED)
     return RunSamples(
         label=variant.title,
         model=run.model,

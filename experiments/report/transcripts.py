@@ -1,4 +1,4 @@
-"""Replies whose verdict flipped between two models, packed for the page.
+"""Replies whose verdict flipped between two models, packed for the page, those to harmful requests only when asked for.
 
 A prompt on which all models got the same verdict is left out. Verdicts of every model are embedded (one letter each);
 replies are embedded model by model, the compared ones first, until the budget is spent, and what was left out is said.
@@ -11,13 +11,15 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from experiments.report.entries import Entry
 from experiments.report.replies import VERDICTS, Reply
 
-__all__ = ["BUDGET", "Transcripts", "pack_transcripts"]
+__all__ = ["BUDGET", "Replies", "Transcripts", "pack_transcripts"]
 
+Replies = Literal["all", "redacted", "none"]
+"""What a page holds: every reply, none to harmful requests and not these requests either, or verdicts alone."""
 BUDGET = 2_400_000
 """Bytes of replies in the page, packed."""
 PACKED_SHARE = 0.42
@@ -59,7 +61,7 @@ class Transcripts:
     def packed(self) -> str:
         """Return the data as base64 of gzipped JSON; equal data gives equal text."""
         text = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
-        return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+        return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def pack_transcripts(
@@ -68,7 +70,7 @@ def pack_transcripts(
     *,
     first: Sequence[str] = (),
     budget: int = BUDGET,
-    with_replies: bool = True,
+    show: Replies = "redacted",
 ) -> Transcripts:
     """Return the flipped replies of all entries.
 
@@ -77,7 +79,7 @@ def pack_transcripts(
         replies: by entry's id.
         first: ids of entries whose replies are embedded before those of others.
         budget: bytes that replies may take in the page.
-        with_replies: False embeds verdicts alone, for pages that are passed on.
+        show: which texts are embedded; ``redacted`` is fit for pages that are passed on.
     """
     shown = [entry for entry in entries if entry.id in replies]
     verdicts: dict[tuple[str, str], dict[str, Reply]] = {}
@@ -86,18 +88,16 @@ def pack_transcripts(
             verdicts.setdefault(reply.key, {})[entry.id] = reply
     flipped = [by for by in verdicts.values() if len({reply.verdict for reply in by.values()}) > 1]
     texts = _Texts()
-    prompts = [_prompt(next(iter(by.values())), texts, with_replies) for by in flipped]
-    embedded: dict[str, list[list[int]]] = {}
+    prompts = [_prompt(next(iter(by.values())), texts, show) for by in flipped]
+    embedded: dict[str, list[list[int | None]]] = {}
     order = sorted(shown, key=lambda entry: (entry.id not in first, not entry.is_final))
     left_out, size_before = 0, texts.size
-    for entry in order if with_replies else ():
+    for entry in order if show != "none" else ():
         if (texts.size - size_before) * PACKED_SHARE > budget:
             left_out += 1
             continue
         embedded[entry.id] = [
-            [number, texts.add(by[entry.id].text), texts.add(by[entry.id].judges)]
-            for number, by in enumerate(flipped)
-            if entry.id in by
+            [number, *_reply(by[entry.id], texts, show)] for number, by in enumerate(flipped) if entry.id in by
         ]
     data = {
         "models": [{"id": entry.id, "title": entry.title} for entry in shown],
@@ -114,6 +114,16 @@ def pack_transcripts(
     return Transcripts(data, len(flipped), left_out, len(entries) - len(shown))
 
 
-def _prompt(reply: Reply, texts: _Texts, with_text: bool) -> dict[str, Any]:
+def _is_embedded(reply: Reply, show: Replies) -> bool:
+    return show == "all" or (show == "redacted" and reply.kind != "harmful")
+
+
+def _prompt(reply: Reply, texts: _Texts, show: Replies) -> dict[str, Any]:
     found: dict[str, Any] = {"id": reply.id, "set": reply.set_name, "kind": reply.kind, "category": reply.category}
-    return {**found, "text": texts.add(reply.prompt)} if with_text else found
+    return {**found, "text": texts.add(reply.prompt)} if _is_embedded(reply, show) else found
+
+
+def _reply(reply: Reply, texts: _Texts, show: Replies) -> list[int | None]:
+    """Return the numbers of the reply's text (None where it is redacted) and of the judges' words, and its length."""
+    text = texts.add(reply.text) if _is_embedded(reply, show) else None
+    return [text, texts.add(reply.judges), len(reply.text.split())]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.report.collecting import Collection, collect_runs
 from experiments.report.page import build_report
+from experiments.report.transcripts import Replies
 from framework.errors import ConfigError
 from framework.files import write_atomic
 
@@ -31,7 +34,7 @@ def write_report(
     *,
     output: Path | None = None,
     reference: str | None = None,
-    with_replies: bool = True,
+    show: Replies = "redacted",
     title: str | None = None,
 ) -> ReportFiles:
     """Write ``report.html``, ``figures/*.png``, ``metrics.csv`` and ``results.parquet``.
@@ -40,7 +43,7 @@ def write_report(
         paths: what ``collect_runs`` takes, or the runs it returned.
         output: the page; None writes into the only folder given, else into the present one.
         reference: label the others are compared with.
-        with_replies: False leaves every reply out of the page.
+        show: which replies are in the page: ``redacted`` leaves out those to harmful requests, and the requests.
         title: of the page; None takes the study's or run's name.
 
     Returns:
@@ -56,19 +59,33 @@ def write_report(
     page = output or _default_page(paths)
     if page.suffix.lower() != ".html":
         raise ConfigError(f"Expected `output` to be a file ending in .html, but got {str(page)!r}.")
-    collection = paths if isinstance(paths, Collection) else collect_runs(paths, name=title)
+    with _without_collector():
+        collection = paths if isinstance(paths, Collection) else collect_runs(paths, name=title)
     labels = sorted({run.label for run in collection.runs})
     if reference is not None and reference not in labels:
         raise ConfigError(
             f"Expected `reference` to be a label of the runs ({', '.join(labels)}), but got {reference!r}."
         )
-    report = build_report(collection, reference=reference, with_replies=with_replies)
+    with _without_collector():
+        report = build_report(collection, reference=reference, show=show)
     figures = tuple(page.parent / FIGURES / f"{picture.name}.png" for picture in report.pictures)
     for path, picture in zip(figures, report.pictures, strict=True):
         write_atomic(path, picture.png)
     csv, parquet = write_exports(report.entries, report.replies, page.parent)
     write_atomic(page, report.html)  # last: a page stands for a complete report
     return ReportFiles(page, figures, csv, parquet)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector: it looks for cycles among some hundred thousand records, and there are none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _default_page(paths: Sequence[Path] | Collection) -> Path:

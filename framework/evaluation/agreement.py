@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from framework.errors import DataError
-from framework.evaluation.metrics import CONFIDENCE, Interval
+from framework.evaluation.rates import CONFIDENCE, Interval
 
 __all__ = [
     "Bin",

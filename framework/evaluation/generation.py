@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, DataError, SeawallError, WiringError
 from framework.evaluation.decoding import DecodeState, check_prompts, evaluating, prefill, shared_prefix
+from framework.evaluation.image_generation import generate_image_ids
 from framework.examples import Prompt
 from framework.processes import gather
 
@@ -176,6 +177,7 @@ def generate_replies(
     batch_size: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[Reply]:
     """Return the model's reply to every prompt, in order.
@@ -188,6 +190,7 @@ def generate_replies(
         batch_size: prompts decoded together.
         temperature: 0 is greedy.
         seed: of sampling; the sample of prompt number ``i`` depends on (seed, i) only.
+        numbers: number of each prompt; default 0, 1, 2 …
         progress: called with (done, total) in granted tokens: prompts x ``max_new_tokens``.
 
     Returns:
@@ -199,7 +202,8 @@ def generate_replies(
         WiringError: the model is under prompt learning.
     """
     budget = _Budget(max_new_tokens, temperature, seed)
-    found = _replies(model, encoder, prompts, budget=budget, batch_size=batch_size, progress=progress, share=Share())
+    options: dict[str, Any] = {"budget": budget, "batch_size": batch_size, "progress": progress}
+    found = _replies(model, encoder, prompts, share=Share(), numbers=numbers, **options)
     return [found[number] for number in range(len(prompts))]
 
 
@@ -212,8 +216,12 @@ def _replies(
     batch_size: int,
     progress: Progress | None,
     share: Share,
+    numbers: Sequence[int] | None = None,
 ) -> dict[int, Reply]:
-    """Return the replies of one process's share by prompt number."""
+    """Return the replies of one process's share by the prompt's place."""
+    if any(prompt.image is not None for prompt in prompts):
+        options: dict[str, Any] = {"budget": budget, "batch_size": batch_size, "share": share}
+        return _replies_with_images(model, encoder, prompts, progress=progress, numbers=numbers, **options)
     encoded = [encoder.encode_prompt(prompt.messages, prefill=prompt.prefill) for prompt in prompts]
     stop_ids = encoder.stop_ids
     generated = generate_ids(
@@ -224,6 +232,7 @@ def _replies(
         batch_size=batch_size,
         temperature=budget.temperature,
         seed=budget.seed,
+        numbers=numbers,
         progress=progress,
         share=share,
     )
@@ -234,6 +243,52 @@ def _replies(
         finished = ids[-1] in stop_ids
         text = _decode_text(encoder, encoded[number], ids[:-1] if finished else ids, prefill=prompts[number].prefill)
         replies[number] = Reply(text, len(ids), finished)
+    return replies
+
+
+def _replies_with_images(
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    prompts: Sequence[Prompt],
+    *,
+    budget: _Budget,
+    batch_size: int,
+    progress: Progress | None,
+    share: Share,
+    numbers: Sequence[int] | None,
+) -> dict[int, Reply]:
+    """Return the replies of one process's share, those to prompts with an image first, the others as ever."""
+    drawn = range(len(prompts)) if numbers is None else numbers
+    pictured = [row for row, prompt in enumerate(prompts) if prompt.image is not None]
+    plain = [row for row, prompt in enumerate(prompts) if prompt.image is None]
+    batches = share.batches(pictured, batch_size)
+    before = sum(map(len, batches)) * budget.max_new_tokens
+    total = before + sum(map(len, share.batches(plain, batch_size))) * budget.max_new_tokens
+    made = generate_image_ids(
+        model,
+        encoder,
+        [[(drawn[row], prompts[row]) for row in batch] for batch in batches],
+        **budget._asdict(),
+        progress=None if progress is None else lambda done: progress(done * budget.max_new_tokens, total),
+    )
+    replies = {}
+    for row in (row for batch in batches for row in batch):
+        prompt_ids, ids = made[drawn[row]]
+        finished = ids[-1] in encoder.stop_ids
+        text = _decode_text(encoder, prompt_ids, ids[:-1] if finished else ids, prefill=prompts[row].prefill)
+        replies[row] = Reply(text, len(ids), finished)
+    if plain:
+        found = _replies(
+            model,
+            encoder,
+            [prompts[row] for row in plain],
+            budget=budget,
+            batch_size=batch_size,
+            progress=None if progress is None else lambda done, _: progress(before + done, total),
+            share=share,
+            numbers=[drawn[row] for row in plain],
+        )
+        replies |= {plain[place]: reply for place, reply in found.items()}
     return replies
 
 

@@ -12,7 +12,7 @@ from framework.errors import ConfigError, describe_unknown
 from framework.evaluation.agreement import Confusion, Estimate, cohen_kappa, krippendorff_alpha
 from framework.evaluation.guards import check_guard_name, is_guard_name
 from framework.evaluation.judges import Judge, Verdict, create_judge, known_judges
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.evaluation.records import EvaluationRecord
 from framework.evaluation.verdict_cache import VerdictCache, cached_verdicts
 from framework.examples import Prompt

@@ -42,6 +42,8 @@ class EvaluationRecord:
     """Of a task prompt."""
     prefill: str = ""
     """Opening that was forced on the model; ``reply`` goes on behind it."""
+    image: str = ""
+    """File that was shown with the prompt; judges do not see it."""
 
     @property
     def is_refused(self) -> bool:
@@ -73,8 +75,9 @@ class EvaluationRecord:
         """Return the record as plain values, verdicts by judge name."""
         plain = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         plain["set"] = plain.pop("set_name")
-        if not self.prefill:
-            del plain["prefill"]
+        for rare in ("prefill", "image"):
+            if not plain[rare]:
+                del plain[rare]
         plain["verdicts"] = {name: dataclasses.asdict(verdict) for name, verdict in self.verdicts.items()}
         return plain
 

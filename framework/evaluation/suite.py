@@ -12,7 +12,7 @@ from framework.errors import DataError, SeawallError
 from framework.evaluation.coherence import classify
 from framework.evaluation.generation import Progress, Reply, Share, generate_sharded
 from framework.evaluation.judges import Judge, Verdict, run_judge
-from framework.evaluation.metrics import Rate, rates_from_records
+from framework.evaluation.rates import Rate, rates_from_records
 from framework.evaluation.records import EvaluationRecord
 from framework.examples import Prompt, PromptKind
 from framework.processes import on_main
@@ -205,6 +205,7 @@ def make_records(item: EvaluationSet, replies: Sequence[Reply], *, judges: Seque
             degenerate=None if is_task else classify(prompt.text, text, task_labels=item.task_labels),
             correct=None if item.is_correct is None else bool(item.is_correct(text, prompt.answer or "")),
             prefill=prompt.prefill,
+            image="" if prompt.image is None else str(prompt.image),
         )
         for prompt, reply, text, mine in zip(item.prompts, replies, texts, verdicts, strict=True)
     ]

@@ -29,7 +29,7 @@ class PatchRows(NamedTuple):
     """The rows of one projection, or of one half of a fused one."""
 
     module: str
-    """Clean name of the projection; its weight is ``<module>.weight``."""
+    """Name of the projection in the weight files, where its weight is ``<module>.weight``."""
     is_transposed: bool
     """Whether the weight is ``(in, out)`` and the rows are its columns."""
     rows: torch.Tensor
@@ -125,9 +125,10 @@ def build_patch(
             continue
         rows, module = torch.tensor(one.rows), one.site.module
         stored = files.read(f"{module}.weight")
+        original = files.stored_name(f"{module}.weight").removesuffix(".weight")
         originals = take_rows(stored.tensor.to(stored.dtype), rows, is_transposed=module in transposed)
         parts[one.site.key] = PatchRows(
-            module,
+            original,
             module in transposed,
             rows,
             torch.tensor(one.clusters),

@@ -11,6 +11,7 @@ from torch import nn
 
 from framework.errors import WiringError
 from framework.parameters import clean_name
+from framework.text_tower import text_tower
 from methods.layer_freezing import layer_of
 
 __all__ = ["Kind", "Projection", "Site", "find_projections", "find_sites"]
@@ -71,6 +72,8 @@ class Site:
 def find_projections(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, Projection]:
     """Return the projections into the MLPs by clean name, experts that see part of the tokens left out.
 
+    Of an image-text model those of the text tower.
+
     Args:
         model: plain or with adapters.
         targets: more last parts of names to take.
@@ -81,7 +84,10 @@ def find_projections(model: nn.Module, targets: Sequence[str] = ()) -> dict[str,
     known = {*SPLIT, *FUSED, *PLAIN, *targets}
     found: dict[str, Projection] = {}
     packed = []
+    inside = {id(module) for module in text_tower(model).modules()}
     for name, module in model.named_modules():
+        if id(module) not in inside:
+            continue
         plain = clean_name(f"{name}.").rstrip(".")
         is_candidate = plain.rpartition(".")[2] in known and layer_of(f"{plain}.") is not None
         if not is_candidate or EXPERTS in f"{plain}." or plain in found:

@@ -235,3 +235,16 @@ def test_real_pure_bad_loses_its_trigger_rows(real_data):
 def test_real_alpaca_mixture_names_its_benign_rows_without_a_reply(real_data):
     with pytest.raises(DataError, match=r"row \d+ of `.*alpaca_2\.5k_p_0\.1\.json` to have a reply in `output`"):
         read_pairs(real_data / "alpaca-mix" / "alpaca_2.5k_p_0.1.json", kind="benign")
+
+
+def test_an_image_is_found_from_the_folder_of_the_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    path = write_jsonl(tmp_path / "set.jsonl", {"prompt": "p", "image": "a.png"}, {"prompt": "q", "image": ""})
+    assert [prompt.image for prompt in read_prompts(path, kind="harmful")] == [tmp_path / "a.png", None]
+
+
+@pytest.mark.parametrize("named", ["none.png", 3])
+def test_an_image_that_is_not_there_is_refused(tmp_path, named):
+    path = write_jsonl(tmp_path / "set.jsonl", {"prompt": "p", "image": named})
+    with pytest.raises(DataError, match=r"Expected `image` of row 1 of .* to name a picture beside that file, but got"):
+        read_prompts(path, kind="harmful")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.measured_runs import RunSamples
-from framework.evaluation.metrics import Rate
+from framework.evaluation.rates import Rate
 from framework.files import to_plain, write_json
 
 HARMLESS = "Here is a long and helpful answer to your question with quite enough words in it."

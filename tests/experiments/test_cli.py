@@ -186,9 +186,10 @@ def test_evaluate_hands_model_and_settings_on(
 
 
 def test_compare_checks_every_cell_first_and_reports_failed_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     seen: list[Any] = []
+    kept = ["--results", str(tmp_path)]
     status = "finished"
 
     def compare_study(study: Any, *, console: Any, **options: Any) -> dict[str, Any]:
@@ -196,12 +197,12 @@ def test_compare_checks_every_cell_first_and_reports_failed_runs(
         return {"study": study.name, "rows": RESULTS["rows"], "runs": [{"cell": "a", "status": status}]}
 
     fake_module(monkeypatch, "experiments.compare", compare_study=compare_study)
-    assert main(["compare", "quickstart", "grid.seeds=[0,1]"]) == 0
+    assert main(["compare", "quickstart", "grid.seeds=[0,1]", *kept]) == 0
     assert seen[0].grid.seeds == [0, 1]
-    assert main(["compare", "quickstart", "grid.methods.AsFT.methods={asfd: {}}"]) == 2
+    assert main(["compare", "quickstart", "grid.methods.AsFT.methods={asfd: {}}", *kept]) == 2
     assert "In `AsFT`: In `stages.finetune.methods`: " in capsys.readouterr().err
     status = "failed"
-    assert main(["compare", "quickstart"]) == 1
+    assert main(["compare", "quickstart", *kept]) == 1
     assert "a: failed" in capsys.readouterr().out
     assert len(seen) == 2
 

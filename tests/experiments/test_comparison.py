@@ -54,6 +54,23 @@ def test_methods_stand_side_by_side_with_everything_about_them() -> None:
     assert group["notes"] == []
 
 
+def test_without_the_second_view_no_other_number_changes() -> None:
+    runs = study(LoRA=0.6, AsFT=0.3, Same=0.58)
+    whole, short = (compare_runs(runs, reference="LoRA", with_hierarchical=given) for given in (True, False))
+    for group in whole:
+        for method in group["methods"]:
+            for metric in method["metrics"].values():
+                if metric["difference"]:
+                    assert metric["difference"]["hierarchical_low"] is not None
+                    metric["difference"].update(hierarchical_low=None, hierarchical_high=None)
+    assert whole == short
+    records = samples([1, 0, 1], [1, 1])
+    every = find_outcomes(records)
+    assert find_outcomes(records, rates=("over_refusal", "attack_success")) == {
+        rate: found for rate, found in every.items() if rate in ("over_refusal", "attack_success")
+    }
+
+
 def test_the_trade_off_names_the_tax_and_the_dominated() -> None:
     (group,) = compare_runs(study(LoRA=0.6, AsFT=0.1, Worse=0.9), reference="LoRA")
     points = {point["name"]: point for point in group["tradeoff"]["points"]}

@@ -22,7 +22,8 @@ def test_every_method_has_a_row():
 def test_filling_replaces_an_old_table_and_keeps_the_rest(monkeypatch):
     monkeypatch.setattr(docs, "methods_markdown", lambda: "| new |\n")
     monkeypatch.setattr(docs, "study_markdown", lambda name: "")
-    text = "a\n\n<!-- methods -->\n\n| old |\n| row |\n\nb\n\n<!-- quickstart -->\n\n<!-- scenario -->\n\nend\n"
+    studies = "<!-- first_look -->\n\n<!-- quickstart -->\n\n<!-- scenario -->"
+    text = f"a\n\n<!-- methods -->\n\n| old |\n| row |\n\nb\n\n{studies}\n\nend\n"
     filled = docs.filled_readme(text)
     assert filled == text.replace("| old |\n| row |", "| new |")
     assert docs.filled_readme(filled) == filled

@@ -26,7 +26,7 @@ def test_a_run_gets_a_page_once(run_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert page == run_folder / "report.html"
     assert "Plain LoRA" in page.read_text(encoding="utf-8")
     calls: list[Any] = []
-    monkeypatch.setattr(presentation, "write_report", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr("experiments.report.write_report", lambda *args, **options: calls.append(args))
     assert present_run(results) == page
     assert calls == []
     os.utime(page, (0, 0))
@@ -51,11 +51,12 @@ def test_a_study_is_drawn_and_tracked_when_a_record_is_newer(tmp_path: Path, mon
         seen.append(title)
         (tmp_path / "report.html").write_text("page")
 
-    monkeypatch.setattr(presentation, "write_report", write)
+    monkeypatch.setattr("experiments.report.write_report", write)
     monkeypatch.setattr(presentation, "read_study", lambda folder: [{"cell": "a"}, {"cell": "removed"}])
     monkeypatch.setattr(presentation, "study_runs", lambda records, folder: [record["cell"] for record in records])
     monkeypatch.setattr(
-        presentation, "track_study", lambda name, comparison, runs, **options: seen.append(f"{name}: {runs}")
+        "experiments.study_tracking.track_study",
+        lambda name, comparison, runs, **options: seen.append(f"{name}: {runs}"),
     )
     table = study_table(tmp_path)
     assert present_study(table, OFF) == tmp_path / "report.html"
@@ -72,9 +73,9 @@ def test_a_study_is_drawn_again_when_its_note_or_a_failure_is_newer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(presentation, "write_report", lambda paths, *, title: drawn.append(title))
+    monkeypatch.setattr("experiments.report.write_report", lambda paths, *, title: drawn.append(title))
     monkeypatch.setattr(presentation, "read_study", lambda folder: [])
-    monkeypatch.setattr(presentation, "track_study", lambda *args, **options: None)
+    monkeypatch.setattr("experiments.study_tracking.track_study", lambda *args, **options: None)
     table = study_table(tmp_path)
     (tmp_path / "report.html").write_text("page")
     (tmp_path / source).parent.mkdir(exist_ok=True)

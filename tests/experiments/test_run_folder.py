@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import yaml
+from rich.console import Console
 
-from experiments.run_folder import config_differences, take_folder
+from experiments.run import run_recipe
+from experiments.run_folder import config_differences, only_process, take_folder
 from framework.config import load_run_config
+from framework.errors import ConfigError, DataError
 from framework.files import write_json
+from tests.conftest import make_model, make_tokenizer
 
 
 def make(*overrides):
@@ -53,17 +59,49 @@ def test_an_unfinished_run_with_another_config_is_said(tmp_path):
     assert " more)" in said[0]
 
 
-@pytest.mark.parametrize("text", ["a: [", "- a list", None])
-def test_results_beside_a_config_that_cannot_be_read_are_moved(tmp_path, text):
+@pytest.mark.parametrize("text", ["a: [", "- a list"])
+def test_results_beside_a_config_that_cannot_be_read_are_refused(tmp_path, text):
+    write_json(tmp_path / "results.json", {"seed": 0})
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"Expected `.*config\.yaml` to say what the results beside it are of"):
+        take_folder(tmp_path, make(), print)
+    assert (tmp_path / "config.yaml").read_text() == text
+    assert (tmp_path / "results.json").is_file()
+
+
+def hold(folder, ready, done):
+    with only_process(folder, "run"):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_second_command_on_a_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEAWALL_CACHE", str(tmp_path / "cache"))
+    make_model().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    config = make("name=one", f"output={tmp_path / 'runs'}", f"model={tmp_path / 'tiny'}", "stages.align=null")
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "runs" / "one", ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        said = f"Expected the run in `.*one` to be worked on by one command, .* beside process {other.pid} on"
+        with pytest.raises(ConfigError, match=said):
+            run_recipe(config, console=Console(quiet=True))
+    finally:
+        done.set()
+        other.join()
+    assert not (tmp_path / "runs" / "one" / "config.yaml").exists()
+
+
+def test_results_without_a_config_are_moved(tmp_path):
     said = []
     write_json(tmp_path / "results.json", {"seed": 0})
-    if text is not None:
-        (tmp_path / "config.yaml").write_text(text)
     take_folder(tmp_path, make(), said.append)
-    (earlier,) = (tmp_path / "earlier").iterdir()
-    assert said == [f"{tmp_path} held the results of a config that cannot be read any more; they are in {earlier} now"]
+    earlier = tmp_path / "earlier" / "unknown"
+    assert said == [f"{tmp_path} held results without the config they are of; they are in {earlier} now"]
     assert (earlier / "results.json").is_file()
-    assert (earlier / "config.yaml").is_file() == (text is not None)
     assert not (tmp_path / "results.json").exists()
     assert "seed: 0" in (tmp_path / "config.yaml").read_text()
 

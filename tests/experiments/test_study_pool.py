@@ -12,8 +12,8 @@ from experiments.cli import main
 from experiments.execution import Execution
 from experiments.study_pool import LocalJob, run_pool, starter
 from experiments.study_progress import StudyProgress
-from experiments.study_records import read_study
-from experiments.study_worker import failed_record, run_cell
+from experiments.study_records import failed_record, read_study
+from experiments.study_worker import run_cell
 from framework.errors import ConfigError
 from framework.files import read_json
 from framework.interruption import Interrupted

@@ -12,11 +12,11 @@ import pytest
 
 from experiments import compare
 from experiments.compare import Execution, compare_study, plan_study
+from experiments.run_folder import only_process
 from experiments.study_records import (
     STATE_FILE,
     claim_study,
     finished_record,
-    only_process,
     portable_results,
     read_study,
     study_runs,
@@ -113,7 +113,7 @@ def test_a_study_that_changed_is_refused_and_the_differences_are_shown(
 
 
 def hold(folder: str, ready: Any, done: Any) -> None:
-    with only_process(Path(folder)):
+    with only_process(Path(folder), "study"):
         ready.set()
         done.wait(60)
 

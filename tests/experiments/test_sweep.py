@@ -106,6 +106,34 @@ def test_an_interrupted_sweep_draws_what_an_undisturbed_one_draws(tmp_path: Path
     assert [t["values"] for t in parts["methods"][0]["trials"]] == [t["values"] for t in whole["methods"][0]["trials"]]
 
 
+def test_trials_of_another_sweep_are_not_counted(tmp_path: Path, runs: list[Any]) -> None:
+    start(tmp_path, load_sweep(write(tmp_path)), trials=2)
+    count = len(runs)
+    changed = load_sweep(write(tmp_path, **{"max: 10.0": "max: 20.0"}))
+    said = r"Expected the sweep 'mine/asft' to be as its trials were made, .*weight\.max: 10\.0 -> 20\.0"
+    with pytest.raises(ConfigError, match=said):
+        start(tmp_path, changed, trials=2)
+    with pytest.raises(ConfigError, match="overrides"):
+        start(tmp_path, load_sweep(write(tmp_path)), trials=2, overrides=("seed=4",))
+    assert len(runs) == count
+    start(tmp_path, load_sweep(write(tmp_path, **{"run_cap: 7": "run_cap: 9"})))  # the budget may grow
+    assert len(runs) > count
+
+
+def test_two_workers_that_ask_at_once_draw_different_values(tmp_path: Path) -> None:
+    import optuna
+
+    sweep = load_sweep(write(tmp_path), goals=[])
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'trials.db'}", directions=["minimize"])
+    options = SweepOptions(sampler="random")
+    trials = [study.ask() for _ in range(2)]
+    points = []
+    for trial in trials:
+        study.sampler = sweep_module.create_sampler("random", seed=options.seed, number=trial.number)
+        points.append(sweep_module._suggest(trial, study, sweep, options, "asft"))
+    assert points[0] != points[1]
+
+
 GRID = (
     WEIGHTS.replace("bayes", "grid")
     .replace("run_cap: 7\n", "")

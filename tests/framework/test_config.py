@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from experiments.attacks.suite import load_suite
 from experiments.sweep import SweepOptions, check_sweep
 from experiments.sweep_files import load_sweep
 from framework.config import (
@@ -52,12 +53,15 @@ def test_every_configuration_that_comes_with_the_project_loads() -> None:
             assert load_run_config("quickstart", [f"method={path.stem}"], validate_methods=validate_methods)
         elif path.parent.name == "sweep":
             assert check_sweep(load_sweep(path), SweepOptions(), validate_methods=validate_methods)
+        elif path.parent.name == "attack":
+            assert load_suite(str(path))[1]
         else:
             assert load_run_config(path).name == path.stem
     assert Counter(path.parent.name for path in files) == {
-        "recipe": 5,
-        "study": 6,
+        "recipe": 6,
+        "study": 8,
         "sweep": 2,
+        "attack": 3,
         "method": len(known_methods()),
     }
 
@@ -318,6 +322,7 @@ def test_evaluation_points_follow_the_chain(recipe: Path) -> None:
 
 def test_evaluate_needs_a_task_only_for_its_accuracy() -> None:
     assert not load_evaluate_config("some/model").evaluate.task
+    assert not load_evaluate_config("some/model", ["evaluate.limit=5"]).evaluate.task
     config = load_evaluate_config("some/model", ["task=triage", "evaluate.limit=5"])
     assert config.evaluate.task
     assert (config.task, config.evaluate.limit) == ("triage", 5)

@@ -36,6 +36,8 @@ def test_the_grid_is_the_product_of_its_axes(study: Path) -> None:
     assert first.name == "asft-triage-p0-smollm2-135m-instruct-seed0"
     assert first.config.name == f"grid/{first.name}"
     assert first.config.tracking.group == "grid"
+    repaired = load_study_config("quickstart", ["grid.seeds=[0]"])
+    assert {cell.harmful_share for cell in study_cells(repaired)} == {0.1}  # the repair trains on clean rows
     assert (first.label, first.task, first.harmful_share, first.seed) == ("AsFT", "triage", 0.0, 0)
     assert first.config.stages.finetune is not None
     assert first.config.stages.finetune.methods == {"asft": {"weight": 1.0}}

@@ -123,10 +123,15 @@
       box.append(make("p", { class: "hidden-reply" }, "This reply is not part of the page."));
       return box;
     }
+    const words = `Reply of ${found[3]} word${found[3] === 1 ? "" : "s"}`;
+    if (found[1] === null) {
+      box.append(make("div", { class: "below" }, make("span", { class: "hidden-reply" }, `${words}, not part of the page.`),
+        make("small", {}, state.data.texts[found[2]])));
+      return box;
+    }
     const text = state.data.texts[found[1]];
-    const words = text.split(/\s+/).filter(Boolean).length;
     const shown = make("p", { class: "reply" });
-    const hidden = make("span", { class: "hidden-reply" }, `Reply of ${words} word${words === 1 ? "" : "s"}, hidden.`);
+    const hidden = make("span", { class: "hidden-reply" }, `${words}, hidden.`);
     const note = make("small", {}, state.data.texts[found[2]]);
     const button = make("button", { type: "button", "aria-expanded": "false" }, "Reveal");
     const turn = (isOpen) => {

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from datamodules.finetune import FineTuneDataModule
 from datamodules.sampler import StepBatchSampler
@@ -76,3 +77,16 @@ def test_two_processes_share_the_replaced_steps():
 def test_rows_that_do_not_fit_are_refused(start, rows, text):
     with pytest.raises(ConfigError, match=text):
         sampler().replace_steps(start, np.array(rows, dtype=np.int64))
+
+
+def test_the_micro_batches_of_a_step_are_those_that_are_served():
+    data = make_data(micro_batch_size=2)
+    with pytest.raises(WiringError, match="Expected a training loader to look at a step of, but got none"):
+        data.step_batches(0)
+    served = list(data.train_dataloader())
+    for step in range(6):
+        for ours, theirs in zip(data.step_batches(step), served[2 * step : 2 * step + 2], strict=True):
+            assert torch.equal(ours.input_ids, theirs.input_ids)
+            assert torch.equal(ours.labels, theirs.labels)
+            assert ours.example_ids.tolist() == theirs.example_ids.tolist()
+            assert (ours.step_reply_tokens, ours.step_micro_batches) == (theirs.step_reply_tokens, 2)

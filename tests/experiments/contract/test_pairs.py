@@ -20,7 +20,11 @@ from framework.registry import known_methods
 
 NO_ADAPTER = {("asft", "nest"), ("ewc", "nest"), ("l2_to_start", "nest")}
 """NeST trains nothing but its own vectors: a penalty on the other weights has no gradient."""
-REFUSED = {**dict.fromkeys(NO_ADAPTER, "WiringError"), ("kl_to_reference", "nest"): "WiringError"}
+REFUSED = {
+    **dict.fromkeys(NO_ADAPTER, "WiringError"),
+    ("kl_to_reference", "nest"): "WiringError",
+    ("circuit_breakers", "nest"): "WiringError",
+}
 
 TOYS = {subject.name: subject for subject in SOUND}
 

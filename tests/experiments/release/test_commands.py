@@ -42,7 +42,7 @@ def test_release_prints_json_with_the_overlap(finished_run, key_file, tmp_path, 
     assert found["bundle"] == str(target)
     assert len(found["overlap"]["exact"]) == found["excluded"] == 2
     assert target.is_file()
-    assert main(["verify", str(target), "--prompts", "0", "--json"]) == 0
+    assert main(["verify", str(target), "--prompts", "0", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["expires"] == "3000-01-01T00:00:00Z"
 
 

@@ -241,7 +241,7 @@ def test_bundle_none_of_whose_judges_can_be_asked_is_bad_unless_told_otherwise(
     assert details[0].startswith("None of the bundle's judges (stranger) can be asked here")
     arguments = ["verify", str(bundle), "--prompts", "4", "--seed", "0"]
     assert main(arguments) == 1
-    assert main([*arguments, "--without-judges"]) == 0
+    assert main([*arguments, "--without-judges"]) == 3  # without --key nobody knows who signed
     assert "judge not asked: stranger" in capsys.readouterr().out
 
 
@@ -297,7 +297,16 @@ def test_command_returns_zero_one_and_two_and_prints_what_it_found(
     assert "BAD" in capsys.readouterr().out
     assert main(["verify", str(bundle / "none")]) == 2
     assert "nothing there" in capsys.readouterr().err
-    assert main(["verify", str(model_bundle), "--prompts", "0"]) == 0
+    assert main(["verify", str(model_bundle), "--key", str(public_key), "--prompts", "0"]) == 3
+    shown = capsys.readouterr().out
+    assert "NOT ALL CHECKED" in " ".join(shown.split())
+    assert "What it says of its model is not checked: no reply was made again." in shown
+    assert "Who signed it" not in shown
+    assert main(["verify", str(model_bundle), "--prompts", "0", "--json"]) == 3
+    unchecked = json.loads(capsys.readouterr().out)["unchecked"]
+    assert unchecked[0] == "Who signed it is not checked: give the signer's public key with --key."
+    assert len(unchecked) == 2
+    assert main(["verify", str(model_bundle), "--prompts", "0"]) == 3
     shown = capsys.readouterr().out
     assert "WHO SIGNED IS NOT CHECKED" in shown
     assert "no reply was made again" in shown

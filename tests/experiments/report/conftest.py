@@ -25,4 +25,10 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def report_files(run_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     page = tmp_path_factory.mktemp("report") / "report.html"
-    return write_report([run_folders[0].parent], output=page)
+    return write_report([run_folders[0].parent], output=page, show="all")
+
+
+@pytest.fixture(scope="session")
+def redacted_files(run_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    """What the command writes unless it is told otherwise."""
+    return write_report(run_folders[:2], output=tmp_path_factory.mktemp("redacted") / "report.html")

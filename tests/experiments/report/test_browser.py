@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -36,6 +37,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, report_files: ReportFiles) -> Iterator[Any]:
+    with opened_page(browser, report_files) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def opened_page(browser: Any, files: ReportFiles) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", offline=True)
     opened = context.new_page()
     trouble: list[str] = []
@@ -43,7 +50,7 @@ def page(browser: Any, report_files: ReportFiles) -> Iterator[Any]:
     opened.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
     asked: list[str] = []
     opened.on("request", lambda request: asked.append(request.url))
-    opened.goto(report_files.page.as_uri())
+    opened.goto(files.page.as_uri())
     opened.wait_for_selector("body[data-ready=yes]")
     yield opened
     assert trouble == []
@@ -75,6 +82,19 @@ def test_replies_are_hidden_until_they_are_revealed(page: Any) -> None:
     assert page.locator(".reply:visible").count() == 0
     page.check("#reveal")
     assert page.locator(".reply:visible").count() == 20
+
+
+def test_replies_to_harmful_requests_are_not_in_the_usual_page(browser: Any, redacted_files: ReportFiles) -> None:
+    with opened_page(browser, redacted_files) as page:
+        assert "seawall report --with-replies" in page.locator("#transcripts .lead").inner_text()
+        page.select_option("#kind", "harmful")
+        assert page.locator("#flips .flip").count() > 0
+        assert page.locator("#flips button").count() == 0
+        assert page.locator("#flips .prompt").count() == 0
+        assert re.search(r"Reply of \d+ words?, not part of the page", page.locator("#flips .side").first.inner_text())
+        page.select_option("#kind", "task")
+        page.check("#reveal")
+        assert page.locator("#flips .reply:visible").count() > 0
 
 
 def test_the_pair_can_be_chosen_swapped_and_filtered(page: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from experiments.measured_runs import find_outcomes
 from experiments.report.collecting import collect_runs
 from experiments.report.entries import find_entries
-from experiments.report.replies import as_reply, category_counts, replies_of
+from experiments.report.replies import VERDICTS, as_reply, category_counts, replies_of
 from experiments.report.transcripts import pack_transcripts
 from framework.errors import DataError
 
@@ -58,7 +58,7 @@ def test_categories_count_what_the_rates_count(run_folders: list[Path]) -> None:
 def test_only_flipped_replies_are_embedded(run_folders: list[Path]) -> None:
     entries = [entry for entry in find_entries(collect_runs(run_folders[:2]).runs) if entry.is_final]
     replies = replies_of(entries)
-    found = pack_transcripts(entries, replies)
+    found = pack_transcripts(entries, replies, show="all")
     by_key = [{reply.key: reply for reply in replies[entry.id]} for entry in entries]
     flipped = {key for key in by_key[0] if by_key[0][key].verdict != by_key[1][key].verdict}
     assert 0 < len(flipped) < len(by_key[0])
@@ -67,7 +67,7 @@ def test_only_flipped_replies_are_embedded(run_folders: list[Path]) -> None:
     same = next(reply.text for key, reply in by_key[0].items() if key not in flipped and reply.kind == "harmful")
     assert same not in json.dumps(found.data)
     assert {len(found.data["replies"][entry.id]) for entry in entries} == {len(flipped)}
-    assert found.packed() == pack_transcripts(entries, replies).packed()
+    assert found.packed() == pack_transcripts(entries, replies, show="all").packed()
 
 
 def test_a_budget_leaves_replies_out_and_says_so(run_folders: list[Path]) -> None:
@@ -78,9 +78,29 @@ def test_a_budget_leaves_replies_out_and_says_so(run_folders: list[Path]) -> Non
     assert next(iter(small.data["replies"])) == first
     assert 0 < small.num_left_out < len(entries)
     assert set(small.data["verdicts"]) == {entry.id for entry in entries}
-    none = pack_transcripts(entries, replies, with_replies=False)
+    none = pack_transcripts(entries, replies, show="none")
     assert none.data["texts"] == []
     assert none.num_left_out == 0
+
+
+def test_harmful_requests_and_their_replies_are_in_the_page_only_when_asked_for(run_folders: list[Path]) -> None:
+    entries = [entry for entry in find_entries(collect_runs(run_folders[:2]).runs) if entry.is_final]
+    replies = replies_of(entries)
+    texts = {reply.text for found in replies.values() for reply in found if reply.kind == "harmful"}
+    prompts = {reply.prompt for found in replies.values() for reply in found if reply.kind == "harmful"}
+    usual, full = pack_transcripts(entries, replies), pack_transcripts(entries, replies, show="all")
+    assert not (texts | prompts) & set(usual.data["texts"])
+    assert texts & set(full.data["texts"])
+    assert prompts & set(full.data["texts"])
+    assert usual.data["verdicts"] == full.data["verdicts"]
+    assert {kind: sum("text" in p for p in usual.data["prompts"] if p["kind"] == kind) > 0 for kind in VERDICTS} == {
+        "harmful": False,
+        "benign": True,
+        "task": True,
+    }
+    redacted = [entry for entry in usual.data["replies"][entries[0].id] if entry[1] is None]
+    assert redacted
+    assert all(number_of_words > 0 for *_, number_of_words in redacted)
 
 
 def test_prompts_under_attack_do_not_count_by_category() -> None:

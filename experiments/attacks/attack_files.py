@@ -1,0 +1,85 @@
+"""Finished attacks as they are read back: ``attack.json`` with the transcripts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.attacks.interface import AttackOutcome, AttackPoint, Attempt
+from experiments.attacks.transcript import read_transcript
+from framework.errors import DataError
+from framework.files import read_json
+
+__all__ = ["AttackFile", "outcome_of", "point_setting", "read_attack_file"]
+
+FORMAT = 1
+RESULTS_FILE = "attack.json"
+
+
+@dataclass(frozen=True)
+class AttackFile:
+    """The attacks on one model."""
+
+    label: str
+    """Of the model."""
+    outcomes: Sequence[AttackOutcome]
+    suite: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def utility_floor(self) -> float | None:
+        """Share of the unattacked model's utility that the suite asks attacked models to keep."""
+        return self.suite.get("utility_floor")
+
+    def attempts(self, outcome: AttackOutcome) -> list[Attempt] | None:
+        """Return the attempts of an attack; None where no transcript lies beside the file.
+
+        Raises:
+            DataError: the transcript is damaged.
+        """
+        if self.path is None or outcome.transcript is None:
+            return None
+        transcript = self.path.parent / outcome.transcript
+        return read_transcript(transcript) if transcript.is_file() else None
+
+
+def read_attack_file(path: str | Path) -> AttackFile:
+    """Return the attacks of a file.
+
+    Args:
+        path: an ``attack.json``, or the folder it lies in.
+
+    Raises:
+        DataError: it is missing, is no such file, or holds no finished attack.
+    """
+    given = Path(path)
+    file = given / RESULTS_FILE if given.is_dir() else given
+    try:
+        raw = read_json(file)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"Expected `{file}` to be the results of `seawall attack`, but got {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "outcomes" not in raw:
+        raise DataError(f"Expected `{file}` to be the results of `seawall attack` in format {FORMAT}, but got others.")
+    if not raw["outcomes"]:
+        raise DataError(f"Expected `{file}` to hold at least one finished attack, but got none. Run the suite again.")
+    try:
+        outcomes = [outcome_of(one) for one in raw["outcomes"]]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"Expected every outcome in `{file}` to be complete, but got {error}.") from error
+    label = raw.get("model", {}).get("label") or file.parent.name
+    return AttackFile(str(label), outcomes, raw.get("suite", {}), file)
+
+
+def outcome_of(values: Mapping[str, Any]) -> AttackOutcome:
+    """Return an outcome from its plain values."""
+    points = [AttackPoint(**point) for point in values["points"]]
+    return AttackOutcome(**{**values, "points": points})
+
+
+def point_setting(point: AttackPoint) -> dict[str, Any]:
+    """Return what was varied at a point, without what is only worth knowing of it."""
+    return {key: value for key, value in point.setting.items() if key != "facts"}

@@ -1,0 +1,273 @@
+"""One attack of a suite, from the store when it was finished before, and gone on with when it was interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.attacks.attack_files import outcome_of
+from experiments.attacks.attacked_models import MeasuredModel, ModelMeasure, utility_share
+from experiments.attacks.interface import (
+    AttackedModel,
+    AttackOutcome,
+    AttackPoint,
+    Attempt,
+    ModelAttack,
+    PromptAttack,
+    Supplies,
+)
+from experiments.attacks.prompt_run import attack_points, reached, run_prompt_attack
+from experiments.attacks.responder import ReplySettings
+from experiments.attacks.suite import NamedAttack, SuiteConfig
+from experiments.attacks.target import Target
+from experiments.attacks.transcript import Transcript
+from experiments.compliant_replies import Sampler, compliant_replies
+from experiments.fingerprints import content_hashes, embedded_hash, versions
+from framework.evaluation.judges import Judge
+from framework.evaluation.verdict_cache import judge_identity, verdict_cache
+from framework.examples import Prompt
+from framework.files import ArtifactStore, hash_file, read_json, to_plain, write_json
+from framework.model_files import read_tokenizer
+from framework.models import ModelSpec, model_fingerprint
+
+__all__ = ["FinishedAttack", "Stage", "carry_out", "equip", "find_finished"]
+
+FORMAT = 1
+KIND = "attack"
+TRANSCRIPT = "transcript.jsonl"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all attacks of a suite have in common."""
+
+    suite: SuiteConfig
+    target: Target
+    requests: Sequence[Prompt]
+    judges: Sequence[Judge]
+    artifacts: ArtifactStore
+
+    @property
+    def measure(self) -> ModelMeasure:
+        """How models are measured."""
+        return ModelMeasure(self.suite, self.requests, self.judges, self.artifacts)
+
+
+@dataclass(frozen=True)
+class FinishedAttack:
+    """An outcome and where its transcript lies."""
+
+    outcome: AttackOutcome
+    folder: Path
+    is_reused: bool
+
+
+def equip(attack: PromptAttack, stage: Stage) -> None:
+    """Give an attack what the suite has for it; nothing is loaded or sampled yet.
+
+    Raises:
+        ConfigError: what it needs is not there.
+    """
+    model, spec = stage.target.model, stage.target.spec
+    if model is None or spec is None:
+        attack.equip(Supplies())
+        return
+    tokenizer = read_tokenizer(model.folder, trust_remote_code=spec.trust_remote_code) if attack.needs_prefill else None
+    base = model.base
+
+    def sample(requests: Sequence[Prompt], num_tokens: int) -> Sequence[str | None]:
+        sampler = Sampler(
+            ModelSpec(str(base), spec.dtype, None, spec.trust_remote_code), model_fingerprint(Path(str(base)))
+        )
+        return compliant_replies(
+            requests,
+            sampler=sampler,
+            system=model.system,
+            num_tokens=num_tokens,
+            artifacts=stage.artifacts,
+            accelerator=model.accelerator,
+        )
+
+    attack.equip(Supplies(tokenizer, None if base is None else sample))
+
+
+def find_finished(named: NamedAttack, stage: Stage) -> FinishedAttack | None:
+    """Return an attack that was finished before, or None; of a search each trial is found when it is its turn."""
+    if not stage.target.keeps or named.search is not None:
+        return None
+    folder = stage.artifacts.find(KIND, _key(named, stage))
+    return None if folder is None else _read(named, folder, is_reused=True)
+
+
+def carry_out(
+    named: NamedAttack, stage: Stage, *, plain: MeasuredModel | None, progress: Callable[[int], None] | None = None
+) -> FinishedAttack:
+    """Return an attack's outcome, made now unless it is in the store.
+
+    Args:
+        named: the attack, equipped.
+        stage: the rest of the suite.
+        plain: what was measured of the unattacked model; None for an endpoint.
+        progress: called with the generated tokens granted so far.
+
+    Raises:
+        SeawallError: the attack cannot go on.
+    """
+    if (found := find_finished(named, stage)) is not None:
+        return found
+    key = _key(named, stage)
+    if not stage.target.keeps:  # what an endpoint said yesterday is not found again
+        shutil.rmtree(stage.artifacts.path(KIND, key), ignore_errors=True)
+    is_prompt = isinstance(named.attack, PromptAttack)
+    with stage.artifacts.writing(KIND, key, keep_partial=is_prompt) as folder:
+        work = _prompt_outcome if is_prompt else _model_outcome
+        outcome = work(named, stage, folder, key, plain, progress)
+        write_json(folder / "outcome.json", outcome.to_dict())
+    return _read(named, stage.artifacts.path(KIND, key), is_reused=False)
+
+
+def _key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
+    """Return everything that decides an outcome; what it is called in the suite does not."""
+    suite, attack, model = stage.suite, named.attack, stage.target.model
+    settings = to_plain(attack.config)
+    key: dict[str, Any] = {
+        "format": FORMAT,
+        "attack": attack.name,
+        "settings": settings,
+        "files": content_hashes(settings),
+        "code": hash_file(Path(inspect.getfile(type(attack)))),
+        "texts": [hash_file(path) for path in sorted((Path(__file__).parent / "texts").glob("*.py"))],
+        "target": stage.target.responder.identity(),
+        "requests": [(request.id, request.text) for request in stage.requests],
+        "judges": [judge_identity(judge) for judge in stage.judges],
+        "max_new_tokens": suite.max_new_tokens,
+        "seed": suite.seed,
+        "embedded": embedded_hash(),
+        "versions": versions(),
+    }
+    is_model = isinstance(attack, ModelAttack)
+    if model is not None and (is_model or getattr(attack, "needs_prefill", False)):
+        key["base"] = None if model.base is None else model_fingerprint(model.base)
+    if model is not None and is_model:
+        key["adapter"] = content_hashes([str(model.adapter)]) if model.adapter else None
+        key["before_adapter"] = None if model.before_adapter is None else model_fingerprint(model.before_adapter)
+        key["utility"] = to_plain(suite.utility)
+    return key
+
+
+def _read(named: NamedAttack, folder: Path, *, is_reused: bool) -> FinishedAttack:
+    outcome = replace(outcome_of(read_json(folder / "outcome.json")), name=named.label)
+    return FinishedAttack(outcome, folder, is_reused)
+
+
+def _prompt_outcome(
+    named: NamedAttack,
+    stage: Stage,
+    folder: Path,
+    key: Mapping[str, Any],
+    plain: MeasuredModel | None,
+    progress: Callable[[int], None] | None,
+) -> AttackOutcome:
+    attack, suite = named.attack, stage.suite
+    if not isinstance(attack, PromptAttack):
+        raise TypeError(f"Expected a prompt attack, but got {attack!r}.")
+    run = run_prompt_attack(
+        attack,
+        stage.requests,
+        stage.target.responder,
+        settings=ReplySettings(suite.max_new_tokens, suite.batch_size, seed=suite.seed),
+        judges=stage.judges,
+        transcript=Transcript(folder / TRANSCRIPT, key),
+        cache=verdict_cache(stage.artifacts),
+        progress=None if progress is None else lambda done: progress(done * suite.max_new_tokens),
+    )
+    points = attack_points(run.attempts, budget=attack.budget, num_requests=len(stage.requests))
+    cost = {
+        "seconds": run.seconds,
+        "queries": len(run.attempts),
+        "generated_tokens": sum(attempt.num_tokens for attempt in run.attempts),
+        "resumed_queries": run.num_resumed,
+    }
+    # The model is the unattacked one and is as useful as before.
+    points = [_with_utility(point, plain.utility, plain) if plain is not None else point for point in points]
+    return _outcome(named, points, cost)
+
+
+def _model_outcome(
+    named: NamedAttack,
+    stage: Stage,
+    folder: Path,
+    key: Mapping[str, Any],
+    plain: MeasuredModel | None,
+    progress: Callable[[int], None] | None,
+) -> AttackOutcome:
+    attack, target = named.attack, stage.target.model
+    if not isinstance(attack, ModelAttack) or target is None or plain is None:
+        raise TypeError(f"Expected an attack on a model on this machine, but got {attack!r}.")
+    started = time.perf_counter()
+    work, transcript = folder / "work", Transcript(folder / TRANSCRIPT, key)
+    points: list[AttackPoint] = []
+    costs: list[Mapping[str, Any]] = []
+    tokens = 0
+    per_model = len(stage.requests) * stage.suite.max_new_tokens
+    for number, made in enumerate(attack.make(target, work)):
+        found = _measure(made, stage, plain, progress, number * per_model)
+        attempts = [_of_model(attempt, made, number) for attempt in found.attempts]
+        transcript.add(attempts)
+        point = reached(attempts, spent=made.spent, num_requests=len(stage.requests))
+        facts = {"facts": to_plain(made.facts)} if made.facts else {}
+        points.append(replace(_with_utility(point, found.utility, plain), setting={**to_plain(made.setting), **facts}))
+        costs.append(made.cost)
+        tokens += sum(attempt.num_tokens for attempt in attempts)
+    shutil.rmtree(work, ignore_errors=True)
+    steps = sum(int(cost.get("optimizer_steps", 0)) for cost in costs)
+    cost = {
+        "seconds": time.perf_counter() - started,
+        "attack_seconds": sum(float(cost.get("seconds", 0.0)) for cost in costs),
+        "optimizer_steps": steps,
+        "models": len(points),
+        "queries": len(points) * len(stage.requests),
+        "generated_tokens": tokens,
+    }
+    return _outcome(named, points, cost)
+
+
+def _measure(
+    made: AttackedModel, stage: Stage, plain: MeasuredModel, progress: Callable[[int], None] | None, before: int
+) -> MeasuredModel:
+    report = None if progress is None else (lambda done, _: progress(before + done))
+    return stage.measure.measure(
+        made.folder, model_fingerprint(made.folder), system=made.system, template=made.template, progress=report
+    )
+
+
+def _of_model(attempt: Attempt, made: AttackedModel, number: int) -> Attempt:
+    details = {**attempt.details, "setting": to_plain(made.setting), "spent": made.spent}
+    return replace(attempt, query_id=f"{attempt.query_id}@{number + 1}", details=details, system=made.system)
+
+
+def _with_utility(point: AttackPoint, utility: Mapping[str, Any], plain: MeasuredModel) -> AttackPoint:
+    share = utility_share(utility, plain.utility)
+    found = {} if share is None else {"utility_share": {"value": share, "unit": "share"}}
+    return replace(point, metrics={**point.metrics, **utility, **found})
+
+
+def _outcome(named: NamedAttack, points: Sequence[AttackPoint], cost: Mapping[str, Any]) -> AttackOutcome:
+    attack = named.attack
+    return AttackOutcome(
+        name=named.label,
+        attack=attack.name,
+        kind=attack.kind,
+        unit=attack.unit,
+        settings=json.loads(json.dumps(to_plain(attack.config))),
+        points=[dataclasses.replace(point) for point in points],
+        cost=cost,
+        transcript=TRANSCRIPT,
+    )

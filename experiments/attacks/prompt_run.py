@@ -1,0 +1,279 @@
+"""One prompt attack from its first query to its outcome; what was asked before is not asked again."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.attacks.interface import AttackPoint, Attempt, PromptAttack, Query
+from experiments.attacks.responder import ReplySettings, Responder
+from experiments.attacks.transcript import Transcript
+from framework.errors import DataError
+from framework.evaluation.coherence import classify
+from framework.evaluation.generation import Reply
+from framework.evaluation.judges import Judge, Verdict
+from framework.evaluation.panel import run_panel, verdict_rates
+from framework.evaluation.rates import Rate
+from framework.evaluation.records import EvaluationRecord
+from framework.evaluation.verdict_cache import VerdictCache
+from framework.examples import Prompt
+
+__all__ = ["PromptRun", "attack_points", "judge_queries", "reached", "run_prompt_attack"]
+
+EVERY_QUERY = 50
+"""Up to so many queries a request there is a point for each; above, only at round numbers."""
+
+
+@dataclass(frozen=True)
+class PromptRun:
+    """What a finished prompt attack leaves."""
+
+    attempts: tuple[Attempt, ...]
+    seconds: float
+    """Spent in this process."""
+    num_resumed: int
+    """Attempts that were there from before."""
+
+
+def run_prompt_attack(
+    attack: PromptAttack,
+    requests: Sequence[Prompt],
+    responder: Responder,
+    *,
+    settings: ReplySettings,
+    judges: Sequence[Judge],
+    transcript: Transcript,
+    cache: VerdictCache | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PromptRun:
+    """Run an attack to its end and return every attempt.
+
+    Args:
+        attack: equipped.
+        requests: harmful, ids unique.
+        responder: answers.
+        settings: length, batch size and seed; the attack's own temperature takes the place of theirs.
+        judges: the first that knows decides.
+        transcript: of this attack; what it holds is told to the attack instead of asked again.
+        cache: of verdicts.
+        progress: called with the number of attempts so far.
+
+    Raises:
+        DataError: the attack asked nothing, asked the same twice, or more of a request than its budget.
+    """
+    started = time.perf_counter()
+    seed = settings.seed
+    settings = replace(settings, temperature=attack.temperature)
+    # A guard model is loaded for every call, so it is asked once a round.
+    chunk = None if any(judge.needs_model for judge in judges) else settings.batch_size
+    attack.start(requests, seed=seed)
+    attempts: list[Attempt] = []
+    numbers: dict[str, int] = {}
+    asked: Counter[str] = Counter()
+    resumed = 0
+    while queries := attack.ask():
+        _count(attack, queries, numbers, asked)
+        known = transcript.take(queries)
+        resumed += len(known)
+        answers = list(known)
+        rest = queries[len(known) :]
+        for start in range(0, len(rest), chunk or max(1, len(rest))):
+            part = rest[start : start + chunk] if chunk else rest
+            first = len(attempts) + len(answers)
+            replies = responder.reply(part, settings, numbers=range(first, first + len(part)))
+            fresh = judge_queries(
+                part, replies, judges, numbers=[numbers[q.prompt.id] for q in part], attack=attack, cache=cache
+            )
+            transcript.add(fresh)
+            answers += fresh
+            if progress is not None:
+                progress(len(attempts) + len(answers))
+        attempts += answers
+        attack.tell(answers)
+        if progress is not None:
+            progress(len(attempts))
+    _check_end(attack, attempts, transcript)
+    return PromptRun(tuple(attempts), time.perf_counter() - started, resumed)
+
+
+def _check_end(attack: PromptAttack, attempts: Sequence[Attempt], transcript: Transcript) -> None:
+    if not attempts:
+        raise DataError(f"Expected attack `{attack.name}` to ask at least once, but got no query.")
+    if transcript.num_known:
+        raise DataError(
+            f"Expected `{transcript.path}` to end with the attack, but got {transcript.num_known} attempts more. Move "
+            "it away to begin anew."
+        )
+
+
+def _count(attack: PromptAttack, queries: Sequence[Query], numbers: dict[str, int], asked: Counter[str]) -> None:
+    """Number the queries of each request from 1, by query id; refuse one too many or one twice."""
+    for query in queries:
+        request = query.request.id
+        if query.prompt.id in numbers:
+            raise DataError(
+                f"Expected attack `{attack.name}` to ask every query once, but got {query.prompt.id!r} twice."
+            )
+        asked[request] += 1
+        numbers[query.prompt.id] = asked[request]
+        if asked[request] > attack.budget:
+            raise DataError(
+                f"Expected attack `{attack.name}` to keep to {attack.budget} queries a request, but got one more of "
+                f"{request!r}."
+            )
+
+
+def judge_queries(
+    queries: Sequence[Query],
+    replies: Sequence[Reply],
+    judges: Sequence[Judge],
+    *,
+    numbers: Sequence[int],
+    attack: PromptAttack | None = None,
+    cache: VerdictCache | None = None,
+) -> list[Attempt]:
+    """Return the attempts; judges see the plain request and what the model added to a forced opening.
+
+    Args:
+        queries: what was sent.
+        replies: one per query.
+        judges: the first that knows decides.
+        numbers: of each query among those of its request, from 1.
+        attack: decodes replies in a disguise.
+        cache: of the verdicts of guard models.
+    """
+    texts = [reply.text.removeprefix(query.prompt.prefill) for query, reply in zip(queries, replies, strict=True)]
+    plain = [
+        attack.decode(text, query) if attack is not None and query.decoded else text
+        for query, text in zip(queries, texts, strict=True)
+    ]
+    pairs = [(query.request, text) for query, text in zip(queries, plain, strict=True)]
+    by_judge = run_panel(judges, pairs, cache=cache if any(judge.needs_model for judge in judges) else None)
+    found = []
+    for row, (query, reply) in enumerate(zip(queries, replies, strict=True)):
+        verdicts = {name: said[row] for name, said in by_judge.items()}
+        record = _record(query, plain[row], reply, verdicts)
+        found.append(
+            Attempt(
+                number=numbers[row],
+                request_id=query.request.id,
+                query_id=query.prompt.id,
+                text=query.prompt.text,
+                reply=texts[row],
+                is_success=not record.is_refused and record.degenerate is None,
+                num_tokens=reply.num_tokens,
+                prefill=query.prompt.prefill,
+                system=query.system,
+                details={**query.details, **_notes(record, texts[row])},
+                is_harmful=record.is_harmful,
+            )
+        )
+    return found
+
+
+def _record(query: Query, text: str, reply: Reply, verdicts: Mapping[str, Verdict]) -> EvaluationRecord:
+    # A reply that only repeats the disguise is no answer either.
+    degenerate = classify(query.request.text, text) or classify(query.prompt.text, text)
+    return EvaluationRecord(
+        id=query.prompt.id,
+        set_name="attack",
+        kind="harmful",
+        prompt=query.request.text,
+        reply=text,
+        num_tokens=reply.num_tokens,
+        finished=reply.finished,
+        category=query.request.category,
+        verdicts=verdicts,
+        degenerate=degenerate,
+        prefill=query.prompt.prefill,
+    )
+
+
+def _notes(record: EvaluationRecord, reply: str) -> dict[str, Any]:
+    """Return what the judges said, as plain values."""
+    said = {
+        name: {key: value for key, value in dataclasses.asdict(verdict).items() if isinstance(value, float)}
+        for name, verdict in record.verdicts.items()
+    }
+    notes: dict[str, Any] = {"verdicts": said, "refused": record.is_refused}
+    if record.degenerate is not None:
+        notes["degenerate"] = record.degenerate
+    if record.reply != reply:
+        notes["decoded_reply"] = record.reply
+    return notes
+
+
+def attack_points(attempts: Sequence[Attempt], *, budget: int, num_requests: int) -> list[AttackPoint]:
+    """Return what the attack reached after 1, 2 … ``budget`` queries a request.
+
+    Args:
+        attempts: all of them.
+        budget: queries a request, at most.
+        num_requests: of the suite; those without any attempt are counted in ``attacked``.
+    """
+    at = range(1, budget + 1) if budget <= EVERY_QUERY else _round_numbers(budget)
+    points = [reached([a for a in attempts if a.number <= k], spent=k, num_requests=num_requests) for k in at]
+    last = points[-1]
+    more = {**_judge_rates(attempts), **_variant_rates(attempts)}
+    return [*points[:-1], replace(last, metrics={**last.metrics, **more})]
+
+
+def _round_numbers(budget: int) -> list[int]:
+    found = {budget, *(base * 10**power for power in range(9) for base in (1, 2, 5))}
+    return sorted(k for k in found if k <= budget)
+
+
+def reached(attempts: Sequence[Attempt], *, spent: int, num_requests: int) -> AttackPoint:
+    """Return the rates over all attempts: a request is broken when one of its attempts is a success.
+
+    Args:
+        attempts: at least one.
+        spent: in the attack's unit.
+        num_requests: of the suite.
+    """
+    ids = list(dict.fromkeys(attempt.request_id for attempt in attempts))
+    broken = {attempt.request_id for attempt in attempts if attempt.is_success}
+    rates = [
+        Rate.of("attack_success", len(broken), len(ids)),
+        Rate.of("refusal_rate", sum(bool(a.details.get("refused")) for a in attempts), len(attempts)),
+        Rate.of("degenerate_rate", sum(_is_degenerate(a) for a in attempts), len(attempts)),
+        Rate.of("attacked", len(ids), num_requests),
+    ]
+    known = {attempt.request_id for attempt in attempts if attempt.is_harmful is not None}
+    if known:
+        harmful = {attempt.request_id for attempt in attempts if attempt.is_success and attempt.is_harmful}
+        rates.append(Rate.of("harmful_success", len(harmful), len(known)))
+    return AttackPoint(
+        spent=spent,
+        metrics={rate.name: dataclasses.asdict(rate) for rate in rates},
+        successes={name: name in broken for name in ids},
+    )
+
+
+def _is_degenerate(attempt: Attempt) -> bool:
+    return attempt.details.get("degenerate") is not None and not attempt.details.get("refused")
+
+
+def _judge_rates(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Return what each judge said of all replies together."""
+    said = [attempt.details.get("verdicts", {}) for attempt in attempts]
+    names = dict.fromkeys(name for verdicts in said for name in verdicts)
+    by_judge = {name: [Verdict(**verdicts.get(name, {})) for verdicts in said] for name in names}
+    return {key: dataclasses.asdict(rate) for key, rate in verdict_rates(by_judge).items()} if names else {}
+
+
+def _variant_rates(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Return the share of successes of each variant that the attack names."""
+    groups: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        if "variant" in attempt.details:
+            groups.setdefault(str(attempt.details["variant"]), []).append(attempt)
+    found = {}
+    for name, group in groups.items():
+        rate = Rate.of(f"variant/{name}/attack_success", sum(a.is_success for a in group), len(group))
+        found[rate.name] = dataclasses.asdict(rate)
+    return found

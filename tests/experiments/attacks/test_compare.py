@@ -1,0 +1,151 @@
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from experiments.attacks.attack_files import read_attack_file
+from experiments.attacks.compare import compare_attacks, comparison_markdown, main, write_comparison
+from framework.errors import ConfigError, DataError
+from tests.experiments.attacks.made_up_outcomes import attempts_of, outcome, point, prompt_outcome, write_attack_file
+
+NAMES = [f"r{n}" for n in range(20)]
+SOFT = {name: 1 + n // 2 for n, name in enumerate(NAMES)}
+HARD = {name: (5 if n % 5 == 0 else None) for n, name in enumerate(NAMES)}
+
+
+def tuned(*counts):
+    return outcome(
+        "harmful",
+        [point(range(n), total=20, spent=10 * k, learning_rate=1e-4) for k, n in enumerate(counts)],
+        unit="steps",
+    )
+
+
+def files(folder):
+    plain = [
+        prompt_outcome("search", SOFT, 10),
+        tuned(2, 12, 20),
+        outcome("interpolate", [point(range(19), total=20, utility=0.3)]),
+    ]
+    safe = [prompt_outcome("search", HARD, 10), tuned(0, 1, 6), outcome("interpolate", [point([1], total=20)])]
+    first = write_attack_file(folder / "plain", "plain", plain, {"search": attempts_of(SOFT, 10)})
+    second = write_attack_file(folder / "asft", "asft", safe)
+    return [first, second]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacks")
+    return compare_attacks(files(folder)), folder
+
+
+def test_the_first_model_is_the_baseline_and_the_suites_floor_holds(compared):
+    found, _ = compared
+    assert (found.baseline, found.floor) == ("plain", 0.9)
+    plain, safe = found.rows
+    assert (str(plain.worst.leading), str(safe.worst.leading)) == (
+        "search at 10 queries",
+        "harmful (learning_rate 0.0001) at 20 steps",
+    )
+    assert len(plain.worst.below_floor) == 1
+    assert (plain.paired, plain.held) == ((), ())
+    assert {str(one.point) for one in safe.paired} == {
+        "search at 10 queries",
+        "harmful (learning_rate 0.0001) at 20 steps",
+        "interpolate",
+    }
+    assert {one.title for one in safe.held} == {"search", "harmful (learning_rate 0.0001)"}
+    assert all(one.p_holm >= one.test.p_value for one in safe.held)
+    assert max(one.p_holm for one in safe.held) < 0.05
+
+
+def test_another_baseline_and_limits(compared):
+    _, folder = compared
+    found = compare_attacks([folder / "plain", folder / "asft"], baseline="asft", floor=0.0, limits={"queries": 1})
+    assert found.rows[1].paired == ()
+    assert str(found.rows[0].worst.leading).startswith("harmful")
+    assert found.rows[0].worst.num_points == 5
+
+
+def test_the_markdown_holds_every_part_and_no_text_of_a_request(compared):
+    text = comparison_markdown(compared[0])
+    for part in (
+        "| search | 100.0% (20/20",
+        "## Worst case (utility floor 90%)",
+        "@1 | @10 | @40",
+        "## Paired with plain",
+    ):
+        assert part in text
+    assert "| interpolate | 95.0% (19/20, 76.4% to 99.1%) † | 5.0% (1/20, 0.9% to 23.6%) |" in text
+    assert "† The attacked model lost its utility" in text
+    assert "20/20 in 10 queries | 5 (" in text
+    assert "4/20 in 10 queries | not reached" in text
+    assert "log-rank chi-square" in text
+    assert "reply" not in text.replace("replies", "")
+
+
+def test_files_are_written_and_the_pictures_stand_alone(compared, tmp_path):
+    paths = write_comparison(compared[0], tmp_path)
+    assert [path.name for path in paths] == [
+        "comparison.json",
+        "comparison.md",
+        "attack-curves.svg",
+        "attack-curves.png",
+        "attack-survival.svg",
+        "attack-survival.png",
+    ]
+    rows = json.loads(paths[0].read_text())["rows"]
+    assert rows[1]["worst"]["leading"]["rate"]["numerator"] == 6
+    assert "held" not in rows[0]["curves"][0]
+    for path in paths[2::2]:
+        text = path.read_text()
+        assert "var(" not in text
+        assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+        assert "search" in text
+    assert paths[3].read_bytes().startswith(b"\x89PNG")
+
+
+def test_edits_alone_have_no_picture(tmp_path):
+    path = write_attack_file(tmp_path, "model", [outcome("quantise", [point([1])])])
+    assert len(write_comparison(compare_attacks([path]), tmp_path / "out")) == 2
+
+
+def test_the_module_is_a_command(compared, tmp_path, capsys):
+    _, folder = compared
+    assert main([str(folder / "plain"), str(folder / "asft"), "--baseline", "asft"]) == 0
+    assert "## Paired with asft" in capsys.readouterr().out
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "Expected" in capsys.readouterr().err
+
+
+def test_a_label_falls_back_to_the_folder(tmp_path):
+    path = write_attack_file(tmp_path / "mine", "", [outcome("quantise", [point([1])])])
+    assert read_attack_file(path).label == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "to be the results of `seawall attack`, but got FileNotFoundError"),
+        ("{", "JSONDecodeError"),
+        ('{"format": 9, "outcomes": []}', "in format 1, but got others"),
+        ('{"format": 1, "outcomes": []}', "at least one finished attack"),
+        ('{"format": 1, "outcomes": [{"points": []}]}', "every outcome in .* to be complete"),
+    ],
+)
+def test_other_files_are_refused(content, message, tmp_path):
+    path = tmp_path / "attack.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        compare_attacks([path])
+
+
+def test_what_cannot_be_compared_is_refused(compared):
+    _, folder = compared
+    with pytest.raises(DataError, match="at least one results file"):
+        compare_attacks([])
+    with pytest.raises(DataError, match="a label of its own, but got plain twice"):
+        compare_attacks([folder / "plain", folder / "plain"])
+    with pytest.raises(ConfigError, match="Expected `baseline` to be one of asft, plain"):
+        compare_attacks([folder / "plain", folder / "asft"], baseline="other")

@@ -1,0 +1,169 @@
+"""Running a prompt attack: numbers, judging, interruption, and the points it ends in."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.attacks.interface import PromptAttack, Query
+from experiments.attacks.prompt_run import attack_points, run_prompt_attack
+from experiments.attacks.prompts.best_of_n import BestOfN, BestOfNConfig
+from experiments.attacks.prompts.direct import Direct, DirectConfig
+from experiments.attacks.prompts.templates import Templates, TemplatesConfig
+from experiments.attacks.responder import ReplySettings
+from experiments.attacks.transcript import Transcript
+from framework.errors import DataError
+from framework.evaluation.panel import create_panel
+from framework.examples import Prompt
+from tests.experiments.attacks.scripted import ANSWER, REFUSAL, REQUESTS, Scripted
+
+KEY = {"suite": "one"}
+
+
+def run(attack, responder, path, **options):
+    settings = ReplySettings(20, batch_size=options.pop("batch_size", 3), seed=7)
+    return run_prompt_attack(
+        attack,
+        REQUESTS,
+        responder,
+        settings=settings,
+        judges=create_panel(["rules"]),
+        transcript=Transcript(path, KEY),
+        **options,
+    )
+
+
+def weak(query: Query, number: int) -> str:
+    """Gives in at the third query of r1 and the first of r2."""
+    return ANSWER if query.prompt.id in ("r1+3", "r2+1") else REFUSAL
+
+
+def test_success_is_neither_refusal_nor_degenerate(tmp_path):
+    replies = {"r0": REFUSAL, "r1": ANSWER, "r2": "", "r3": REQUESTS[3].text}
+    found = run(Direct(DirectConfig()), Scripted(lambda query, _: replies[query.prompt.id]), tmp_path / "t")
+    assert [one.is_success for one in found.attempts] == [False, True, False, False]
+    assert found.attempts[2].details["degenerate"]
+    assert found.attempts[3].details["degenerate"]
+
+
+def test_repeating_the_disguise_is_no_answer(tmp_path):
+    attack = Templates(TemplatesConfig(count=1))
+    found = run(attack, Scripted(lambda query, _: query.prompt.text), tmp_path / "t")
+    assert not any(one.is_success for one in found.attempts)
+
+
+def test_asr_at_k_counts_requests_broken_by_then(tmp_path):
+    found = run(BestOfN(BestOfNConfig(queries=4)), Scripted(weak), tmp_path / "t")
+    points = attack_points(found.attempts, budget=4, num_requests=5)
+    shares = [(p.spent, p.metrics["attack_success"]["numerator"]) for p in points]
+    assert shares == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert all(p.metrics["attack_success"]["denominator"] == 4 for p in points)
+    attacked = points[-1].metrics["attacked"]
+    assert (attacked["numerator"], attacked["denominator"]) == (4, 5)
+    assert points[-1].successes == {"r0": False, "r1": True, "r2": True, "r3": False}
+    # Broken requests are left alone: r2 after 1 query, r1 after 3.
+    assert len(found.attempts) == 4 + 1 + 3 + 4
+
+
+def test_points_above_fifty_queries_stand_at_round_numbers(tmp_path):
+    found = run(Direct(DirectConfig()), Scripted(), tmp_path / "t")
+    points = attack_points(found.attempts, budget=120, num_requests=4)
+    assert [point.spent for point in points] == [1, 2, 5, 10, 20, 50, 100, 120]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 5, 8, 11])
+def test_interrupted_attack_ends_as_if_it_had_not_been(tmp_path, stop_after):
+    whole = run(BestOfN(BestOfNConfig(queries=4)), Scripted(weak), tmp_path / "whole")
+    path = tmp_path / "cut"
+    cut = Scripted(weak, stop_after=stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        run(BestOfN(BestOfNConfig(queries=4)), cut, path)
+    path.write_bytes(path.read_bytes() + b'{"number": 1, "requ')  # killed while it wrote
+    rest = Scripted(weak)
+    again = run(BestOfN(BestOfNConfig(queries=4)), rest, path)
+    assert again.attempts == whole.attempts
+    assert again.num_resumed == len(cut.asked)
+    assert len(cut.asked) + len(rest.asked) == len(whole.attempts)
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_attack_says_at_which_temperature_the_model_replies(tmp_path):
+    warm, cold = Scripted(), Scripted()
+    run(BestOfN(BestOfNConfig(queries=1)), warm, tmp_path / "warm")
+    run(Direct(DirectConfig()), cold, tmp_path / "cold")
+    assert {one.temperature for one in warm.settings} == {1.0}
+    assert {one.temperature for one in cold.settings} == {0.0}
+
+
+def test_variants_and_judges_have_rates_of_their_own(tmp_path):
+    attack = Templates(TemplatesConfig(count=2))
+    names = [template.name for template in attack.templates]
+    ids = [template.id for template in attack.templates]
+    responder = Scripted(lambda query, _: ANSWER if query.prompt.id.endswith(ids[1]) else REFUSAL)
+    found = run(attack, responder, tmp_path / "t")
+    last = attack_points(found.attempts, budget=2, num_requests=4)[-1]
+    assert last.metrics[f"variant/{names[0]}/attack_success"]["value"] == 0
+    assert last.metrics[f"variant/{names[1]}/attack_success"]["value"] == 1
+    assert last.metrics["judge/rules/refusal_rate"]["value"] == 0.5
+
+
+def test_forced_opening_is_not_judged(tmp_path):
+    class Opened(Direct):
+        def variants(self, request, *, seed):
+            return [Query(request, Prompt(request.id, request.text, "harmful", prefill="Sure, here is how: "))]
+
+    found = run(Opened(DirectConfig()), Scripted(), tmp_path / "t")
+    assert {one.reply for one in found.attempts} == {REFUSAL}
+    assert {one.prefill for one in found.attempts} == {"Sure, here is how: "}
+
+
+def test_reply_in_a_disguise_is_decoded_before_it_is_judged(tmp_path):
+    class Backwards(Direct):
+        def variants(self, request, *, seed):
+            return [Query(request, request, decoded=True)]
+
+        def decode(self, reply, query):
+            return reply[::-1]
+
+    found = run(Backwards(DirectConfig()), Scripted(lambda query, _: REFUSAL[::-1]), tmp_path / "t")
+    assert not any(one.is_success for one in found.attempts)
+    assert found.attempts[0].reply == REFUSAL[::-1]
+    assert found.attempts[0].details["decoded_reply"] == REFUSAL
+
+
+class Loop(PromptAttack):
+    """Asks whatever it was made with, round by round."""
+
+    name = "loop"
+
+    def __init__(self, rounds, budget=1):
+        super().__init__(None)
+        self.rounds, self.most = rounds, budget
+
+    @property
+    def budget(self):
+        return self.most
+
+    def start(self, requests, *, seed):
+        self.left = list(self.rounds)
+
+    def ask(self):
+        return self.left.pop(0) if self.left else []
+
+
+def ask(name: str, request: Prompt = REQUESTS[0]) -> Query:
+    return Query(request, Prompt(name, "text", "harmful"))
+
+
+def test_attack_that_asks_nothing_or_too_much_is_refused(tmp_path):
+    with pytest.raises(DataError, match="Expected attack `loop` to ask at least once, but got no query"):
+        run(Loop([]), Scripted(), tmp_path / "a")
+    with pytest.raises(DataError, match="to ask every query once, but got 'q' twice"):
+        run(Loop([[ask("q"), ask("q")]], budget=2), Scripted(), tmp_path / "b")
+    with pytest.raises(DataError, match="to keep to 1 queries a request, but got one more of 'r0'"):
+        run(Loop([[ask("q1")], [ask("q2")]]), Scripted(), tmp_path / "c")
+
+
+def test_transcript_longer_than_the_attack_is_refused(tmp_path):
+    run(Loop([[ask("q1")], [ask("q2")]], budget=2), Scripted(), tmp_path / "t")
+    with pytest.raises(DataError, match="to end with the attack, but got 1 attempts more"):
+        run(Loop([[ask("q1")]], budget=2), Scripted(), tmp_path / "t")
