@@ -13,7 +13,9 @@ back to is kept by ``callbacks/kept_state.py``. The first process measures and d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +25,7 @@ from callbacks.kept_state import KeptState
 from callbacks.safety_probe import SafetyProbe, StartState
 from framework.composition import methods_of
 from framework.conductor import strategy_kind
-from framework.errors import TrainingError, WiringError
+from framework.errors import ConfigError, TrainingError, WiringError
 from framework.files import to_plain
 from framework.guard_settings import GuardSettings
 from framework.method import Method, _model_of
@@ -67,6 +69,7 @@ class Guard(pl.Callback):
         self._roll_backs = 0
         self._weight: float | None = None
         self._low: float | None = None
+        self._is_off = False
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
@@ -74,7 +77,8 @@ class Guard(pl.Callback):
         """Refuse what the guard could not measure or act on.
 
         Raises:
-            WiringError: a strategy that cuts the weights; the guarded method is absent, has no loss term or no weight.
+            WiringError: a strategy that cuts the weights; the guarded method is absent, has no loss term or no weight,
+                or does not take ``max_weight``.
         """
         if stage != "fit":
             return
@@ -86,20 +90,27 @@ class Guard(pl.Callback):
             )
         if self.settings.action == "raise_weight":
             method = self._method(trainer)
+            _check_largest(method, self.settings.max_weight)
             self._weight = method.weight
             self._low = self.settings.min_weight if self.settings.min_weight is not None else method.weight
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the model that enters the stage; a resumed run goes on with what it knew.
 
+        A guard that only watches is no part of what is resumed: without measurements of the model that entered the
+        stage it has nothing to compare with, says so, and measures nothing.
+
         Raises:
             TrainingError: a threshold is crossed before training, so that there is nothing to go back to.
+            WiringError: a guard that acts, and a checkpoint that was written without one.
         """
         self._seen_step = trainer.global_step
         if self._weight is not None:
             self._method(trainer).override_weight(self._weight)
         if self.stopped is not None:
             trainer.should_stop = True
+        elif self._last_step < 0 and trainer.global_step > 0:
+            self._miss_start(trainer.global_step)
         elif self._last_step < 0:
             self._check(trainer, pl_module)
 
@@ -108,7 +119,7 @@ class Guard(pl.Callback):
     ) -> None:
         """Measure after every ``every_n_steps``-th optimizer step and after the last one."""
         step = trainer.global_step
-        if step == self._seen_step:
+        if step == self._seen_step or self._is_off:
             return
         self._seen_step = step
         if step % self.settings.every_n_steps == 0 or step == trainer.max_steps:
@@ -134,14 +145,17 @@ class Guard(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of the run that is resumed.
+        """Take over the state of the run that is resumed; one that only watches drops that of another guard.
 
         Raises:
-            WiringError: it had another guard.
+            WiringError: it had another guard, and this one acts.
         """
         theirs, ours = state_dict["settings"], to_plain(self.settings)
         if theirs != ours:
             odd = sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+            if not self.settings.acts:
+                self._tell(f"what was measured before is dropped, because the settings {odd} were others")
+                return
             raise WiringError(
                 f"Expected a checkpoint of the same guard, but got another: {odd} differ. Resume with the settings it "
                 "was written with, or delete it to start anew."
@@ -156,11 +170,17 @@ class Guard(pl.Callback):
         self._kept.load_state_dict(state_dict["kept"])
 
     def result(self) -> dict[str, Any]:
-        """Return what goes into the record of the stage: settings, measurements, decisions, and why it stopped."""
+        """Return what goes into the record of the stage: settings, measurements, decisions, and why it stopped.
+
+        A measurement that is not finite is None there: JSON has no other word for it.
+        """
         return {
             "settings": to_plain(self.settings),
             "acts": self.settings.acts,
-            "history": {name: [list(entry) for entry in entries] for name, entries in self.history.items()},
+            "history": {
+                name: [[step, value if math.isfinite(value) else None] for step, value in entries]
+                for name, entries in self.history.items()
+            },
             "decisions": self.decisions,
             "stopped": self.stopped,
             "weight": self._weight,
@@ -218,6 +238,11 @@ class Guard(pl.Callback):
             self._tell(f"step {step}: rolled back to step {self._kept.step}, because {decision.reason}")
             if not goes_on:
                 self._stop(trainer, f"{decision.reason}; rolled back to step {self._kept.step}")
+        elif self.settings.action == "roll_back":
+            # No roll back is left to go on from, but what the stage gives is safe all the same.
+            entry["to_step"] = self._kept.step
+            self._kept.restore(trainer, pl_module)
+            self._stop(trainer, f"{decision.reason}; rolled back to step {self._kept.step}")
         else:
             self._stop(trainer, decision.reason)
         self.decisions.append(entry)
@@ -226,6 +251,19 @@ class Guard(pl.Callback):
         self.stopped = reason
         trainer.should_stop = True
         self._tell(f"step {trainer.global_step} of {trainer.max_steps}: stopped, because {reason}")
+
+    def _miss_start(self, step: int) -> None:
+        """Measure nothing in a run that goes on from a step whose guard left nothing."""
+        if self.settings.acts:
+            raise WiringError(
+                f"Expected a checkpoint that was written under this guard, but got one of step {step} without its "
+                "measurements. Delete it to start anew, or set `action: watch`."
+            )
+        self._is_off = True
+        self._tell(
+            f"step {step}: nothing is measured, because the run goes on from a checkpoint without measurements of the "
+            "model that entered the stage"
+        )
 
     def _tell(self, text: str) -> None:
         if is_main():
@@ -240,3 +278,17 @@ class Guard(pl.Callback):
                 f"but got {self.settings.method!r}. A term of weight 0 is never set up; give it a small one."
             )
         return found
+
+
+def _check_largest(method: Method, largest: float) -> None:
+    """Refuse a weight that the method's own config would refuse: many weights are shares of 1."""
+    config: Any = method.config
+    if not is_dataclass(config) or isinstance(config, type) or "weight" not in {field.name for field in fields(config)}:
+        return
+    try:
+        replace(config, weight=largest)
+    except ConfigError as error:
+        raise WiringError(
+            f"Expected the guard's `max_weight` to be a weight that `{method.name}` takes, but got {largest:g}: "
+            f"{error.problems[0]} Lower `max_weight`."
+        ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from framework.guard_settings import GuardSettings
+from framework.errors import TrainingError
+from framework.guard_settings import GuardSettings, Threshold
 
 __all__ = ["Decision", "decide", "next_weight", "violations"]
 
@@ -52,7 +54,7 @@ def next_weight(weight: float, violation: float, *, step: float, low: float, hig
 def decide(
     settings: GuardSettings, values: Mapping[str, float], *, roll_backs: int, weight: float | None, low: float | None
 ) -> Decision:
-    """Return what follows from ``values``.
+    """Return what follows from ``values``; one that is not finite has crossed its threshold.
 
     Args:
         settings: of the guard.
@@ -60,11 +62,19 @@ def decide(
         roll_backs: made so far.
         weight: of the guarded method, for ``raise_weight``.
         low: least weight of it.
+
+    Raises:
+        TrainingError: a guarded value is not finite, and no weight follows from it.
     """
     found = violations(settings, values)
-    crossed = {name: by for name, by in found.items() if by > 0}
-    reason = _reason(settings, values) if crossed else "every threshold holds"
+    crossed = [bound for bound in settings.thresholds if _is_crossed(bound, values[bound.metric])]
+    reason = "; ".join(_reason(bound, values[bound.metric]) for bound in crossed) or "every threshold holds"
     if settings.action == "raise_weight" and weight is not None and low is not None and found:
+        if not all(map(math.isfinite, found.values())):
+            raise TrainingError(
+                f"Expected every guarded value to be finite, but got: {reason}. Lower the learning rate, or lower "
+                "`weight_step` or `max_weight` of the guard."
+            )
         # The constraint that is worst off decides: the units of the metrics differ and are not added up.
         new = next_weight(
             weight, max(found.values()), step=settings.weight_step, low=low, high=max(low, settings.max_weight)
@@ -79,10 +89,12 @@ def decide(
     return Decision("stop", reason)
 
 
-def _reason(settings: GuardSettings, values: Mapping[str, float]) -> str:
-    parts = []
-    for bound in settings.thresholds:
-        value = values[bound.metric]
-        if bound.violation(value) > 0:
-            parts.append(f"{bound.metric} {value:.4g} is {'below' if bound.is_lower else 'above'} {bound.bound:g}")
-    return "; ".join(parts)
+def _is_crossed(bound: Threshold, value: float) -> bool:
+    # A model that answers with NaN compares as false with any bound; it is not safe for that.
+    return not math.isfinite(value) or bound.violation(value) > 0
+
+
+def _reason(bound: Threshold, value: float) -> str:
+    if not math.isfinite(value):
+        return f"{bound.metric} is {value}, not finite"
+    return f"{bound.metric} {value:.4g} is {'below' if bound.is_lower else 'above'} {bound.bound:g}"

@@ -230,19 +230,21 @@ class EndpointResponder:
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        max_unanswered: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Reply]:
-        """Return one reply per query, in order.
+    ) -> list[Reply | None]:
+        """Return one reply per query, in order; None where none came.
 
         Args:
             queries: each with its prompt, and its system message if it has one of its own.
             max_new_tokens: limit per reply, in tokens.
             temperature: 0 is greedy.
             seed: with the prompt's id it decides a sampled reply, as far as the server keeps to seeds.
+            max_unanswered: queries that may stay without a reply.
             progress: called with (done, total) in queries.
 
         Raises:
-            UnansweredError: a query has no reply; an attack that failed to arrive is not one that was withstood.
+            UnansweredError: more have no reply; an attack that failed to arrive is not one that was withstood.
             ModelError: the endpoint refuses.
         """
         settings = self.client.settings
@@ -257,11 +259,16 @@ class EndpointResponder:
             )
             for query in queries
         ]
-        found: dict[int, Reply] = {}
+        found: dict[int, Reply | None] = {}
+        missing = 0
         for number, outcome in ask_all(self.client, questions):
             if isinstance(outcome, SeawallError):
-                raise outcome
-            found[number] = to_reply(outcome, queries[number].prompt.prefill)
+                missing += 1
+                if missing > max_unanswered:
+                    raise outcome
+                found[number] = None
+            else:
+                found[number] = to_reply(outcome, queries[number].prompt.prefill)
             if progress is not None:
                 progress(len(found), len(queries))
         return [found[number] for number in range(len(queries))]

@@ -1,8 +1,8 @@
 """One request to an OpenAI-compatible endpoint: sent, sent again where that may help, and its answer read.
 
 What goes wrong for good (a wrong key, an unknown model, an answer that is no chat completion) is a ``ModelError``; what
-goes wrong for one prompt (no answer after all repetitions, an empty reply, a filter) is an ``UnansweredError``: it is
-never taken for a reply.
+goes wrong for one prompt (no answer after all repetitions, a reply that was cut off before it began, a filter) is an
+``UnansweredError``: it is never taken for a reply. A model that ends its reply at once has replied: with nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from framework.endpoint_settings import EndpointAddress, EndpointSettings
+from framework.endpoint_settings import SHORTEST_SECRET, EndpointAddress, EndpointSettings
 from framework.errors import ConfigError, ModelError, SeawallError
 
 __all__ = ["Answer", "EndpointClient", "Question", "UnansweredError"]
@@ -28,8 +28,6 @@ RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 CONNECT_SECONDS = 10.0
 LONGEST_WAIT = 60.0
 """Seconds; a server that asks for more is given up."""
-SHORTEST_SECRET = 8
-"""Characters; shorter keys (``none``, ``EMPTY``) are placeholders and stand in ordinary texts."""
 
 
 class UnansweredError(SeawallError):
@@ -266,7 +264,7 @@ def _read_answer(text: str, question: Question, address: EndpointAddress) -> Ans
             f"Expected a reply of the model to prompt `{question.id}`, but got one that a filter cut off. A filter "
             "is not the model: count such prompts with endpoint.max_unanswered=N."
         )
-    if not said.strip():
+    if not said.strip() and (reason != "stop" or message.get("tool_calls")):
         raise UnansweredError(
             f"Expected the reply to prompt `{question.id}` to hold text, but got none (finish_reason {reason!r}). "
             + (

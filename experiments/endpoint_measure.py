@@ -8,7 +8,6 @@ counted.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from experiments.endpoint import ReplyJournal, ask_all, question_of, to_reply
+from experiments.endpoint_artifacts import replace_artifact
 from experiments.endpoint_client import EndpointClient, Question
 from experiments.measure import (
     Bars,
@@ -229,9 +229,8 @@ def _stored(work: _Work, part: _Part) -> Measurement:
         journal = work.artifacts.root / f"{part.kind}-replies" / f"{fingerprint(replies_key)}.jsonl"
         journal.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{journal}.lock"):
-            _measure(work, part, key, journal)
+            folder = _measure(work, part, key, journal)
         work.journals.append(journal)
-        folder = work.artifacts.path(part.kind, key)
     stored = read_json(folder / "metrics.json")
     return Measurement(stored["metrics"], stored["cost"], folder / "samples.jsonl", reused)
 
@@ -261,7 +260,8 @@ def _limit(config: EvaluateConfig, item: EvaluationSet) -> int:
     return config.max_new_tokens if item.max_new_tokens is None else item.max_new_tokens
 
 
-def _measure(work: _Work, part: _Part, key: dict[str, Any], journal: Path) -> None:
+def _measure(work: _Work, part: _Part, key: dict[str, Any], journal: Path) -> Path:
+    """Make a measurement and keep it in place of an earlier one; returns the copy that belongs to this one alone."""
     evaluate = work.config.evaluate
     ledger = CostLedger(part.kind)
     with ledger.measure("evaluate"):
@@ -283,12 +283,12 @@ def _measure(work: _Work, part: _Part, key: dict[str, Any], journal: Path) -> No
     # Of this process, which only waited; what the server needed is not known here.
     cost["peak_memory_mib"] = {"host": {}, "host_lifetime": None, "device": {}}
     cost["replies"] = {"first": asked.first, "last": asked.last, "unanswered": asked.unanswered}
-    earlier = work.artifacts.find(part.kind, key)
-    if earlier is not None:
-        shutil.rmtree(earlier)
-    with work.artifacts.writing(part.kind, key) as folder:
+
+    def fill(folder: Path) -> None:
         write_samples(folder / "samples.jsonl", records)
         write_json(folder / "metrics.json", {"metrics": metrics, "cost": cost})
+
+    return replace_artifact(work.artifacts, part.kind, key, fill)
 
 
 def _ask_sets(work: _Work, part: _Part, journal: Path) -> _Asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -11,15 +12,19 @@ from typing import Any
 
 from datamodules.catalog import catalog_files
 from datamodules.readers import data_root
-from framework.files import hash_file, to_plain
+from framework.files import fingerprint, hash_file, to_plain
 from framework.guard_settings import GuardSettings
+from framework.model_files import gguf_fingerprint, model_fingerprint
 
 __all__ = [
+    "FILLED_BY_RUNS",
     "LATER_SETTINGS",
     "content_hashes",
     "data_hashes",
     "embedded_hash",
     "guard_key",
+    "local_model_hashes",
+    "named_hashes",
     "resolved_methods",
     "tokenizer_hashes",
     "versions",
@@ -46,6 +51,8 @@ DECIDING = ("torch", "transformers", "peft", "pytorch-lightning")
 
 LATER_SETTINGS = ("prefill", "prefill_replies", "prefill_model")
 """Settings of ``evaluate`` that decide a measurement of their own."""
+FILLED_BY_RUNS = frozenset({("smh", "store")})
+"""Methods' settings that name a place a run fills, which decides nothing: what their classes call ``UNDECISIVE``."""
 
 
 def versions() -> dict[str, str]:
@@ -76,6 +83,40 @@ def content_hashes(value: Any) -> dict[str, str]:
         return {}
     path = Path(value).expanduser()
     return _tree_hashes(path, value)
+
+
+def named_hashes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hashes of every file that the settings of a run name: its data, its measurements, its methods.
+
+    Named is what stands in the settings; the defaults of a method are not looked up, for that takes torch.
+
+    Args:
+        config: of a run, as plain values.
+    """
+    named: list[Any] = [config["evaluate"]]
+    for stage in filter(None, config["stages"].values()):
+        named.append(stage["data"])
+        for method, options in stage["methods"].items():
+            named.append({key: v for key, v in (options or {}).items() if (method, key) not in FILLED_BY_RUNS})
+    return content_hashes(named) | data_hashes(named)
+
+
+def local_model_hashes(name: str) -> dict[str, str]:
+    """Return what decides a model that lies in a local folder or file; empty for every other name.
+
+    A folder whose model cannot be read counts as that: the run refuses it, here it only passes for no other.
+
+    Args:
+        name: as in ``model.name``.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return {"weights": gguf_fingerprint(path)}
+    if not (path / "config.json").is_file():
+        return {}
+    with contextlib.suppress(ValueError):
+        return {"weights": model_fingerprint(path), "tokenizer": fingerprint(tokenizer_hashes(path))}
+    return {"weights": "unreadable"}
 
 
 def _tree_hashes(path: Path, name: str) -> dict[str, str]:

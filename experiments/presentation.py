@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.page_marker import is_redacted_page
 from experiments.study_records import STATE_FILE, read_study, study_runs
 from framework.schema import TrackingConfig
 
@@ -39,8 +40,8 @@ def present_run(results: Mapping[str, Any]) -> Path | None:
 def present_study(table: Mapping[str, Any], tracking: TrackingConfig) -> Path | None:
     """Write the report of a study, track its table, and return the page; None where no run has finished.
 
-    A page that is newer than every record, failures and the note of the start included, is left alone, so that looking
-    at a finished study again costs nothing.
+    A redacted page that is newer than every record, failures and the note of the start included, is left alone, so
+    that looking at a finished study again costs nothing.
 
     Args:
         table: as ``compare_study`` returns it.
@@ -76,7 +77,7 @@ def has_page(table: Mapping[str, Any]) -> bool:
 
 
 def current_page(table: Mapping[str, Any]) -> Path | None:
-    """Return the page of a study that is newer than everything it shows; None where there is none.
+    """Return the redacted page of a study that is newer than everything it shows; None where there is none.
 
     Args:
         table: as ``compare_study`` returns it.
@@ -89,4 +90,4 @@ def current_page(table: Mapping[str, Any]) -> Path | None:
 
 
 def _is_current(page: Path, sources: list[Path]) -> bool:
-    return page.is_file() and all(page.stat().st_mtime >= source.stat().st_mtime for source in sources)
+    return is_redacted_page(page) and all(page.stat().st_mtime >= source.stat().st_mtime for source in sources)

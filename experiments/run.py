@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from experiments.compliant_replies import Sampler
 from experiments.console import row_cost
@@ -53,6 +54,7 @@ def run_recipe(
     console: Console | None = None,
     label: str | None = None,
     watchers: Callable[[str], tuple[pl.Callback, ...]] = lambda stage: (),
+    waits: bool = False,
 ) -> dict[str, Any]:
     """Run a config and return the content of its ``results.json``.
 
@@ -61,24 +63,32 @@ def run_recipe(
         console: where progress is drawn; None draws nothing.
         label: what the last model is called in tables; None takes the methods' names.
         watchers: further watching callbacks of a stage, by its name.
+        waits: for another command that works on this run; what that one did is then found again.
 
     With several processes each of them calls this, and the first one writes and shows progress.
 
     Returns:
         Schema-versioned results; written to ``<output>/<name>/results.json`` with config, samples and model beside it.
+
+    Raises:
+        HeldError: another command works on this run, and ``waits`` is False.
     """
-    return together(lambda: _run(config, console, label, watchers))
+    return together(lambda: _run(config, console, label, watchers, waits))
 
 
 def _run(
-    config: RunConfig, console: Console | None, label: str | None, watchers: Callable[[str], tuple[pl.Callback, ...]]
+    config: RunConfig,
+    console: Console | None,
+    label: str | None,
+    watchers: Callable[[str], tuple[pl.Callback, ...]],
+    waits: bool,
 ) -> dict[str, Any]:
     started = time.time()
     set_threads(config.trainer.threads, processes=local_processes(config))
     folder = Path(config.output) / config.name
     main_first(lambda: check_evaluation(config.evaluate, _task(config)))
     artifacts = artifact_store()
-    with _held(folder):
+    with _held(folder, console, waits=waits):
         with Steps((console or Console(stderr=True)) if is_main() else None) as steps:
             chain = StageChain(config, artifacts, _watch(config, steps, folder, watchers))
             on_main(lambda: take_folder(folder, config, steps.say))
@@ -96,10 +106,15 @@ def _run(
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _held(folder: Path, console: Console | None, *, waits: bool) -> Iterator[None]:
     """Hold the run's folder on the first process, for as long as anything is written there."""
+
+    def say(text: str) -> None:
+        if console is not None:
+            console.print(Text(text), soft_wrap=True)
+
     with contextlib.ExitStack() as stack:
-        on_main(lambda: stack.enter_context(only_process(folder, "run")))
+        on_main(lambda: stack.enter_context(only_process(folder, "run", wait=say if waits else None)))
         yield
 
 

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from framework.config import RunConfig, StageConfig, to_yaml
-from framework.errors import ConfigError, DataError
+from framework.errors import DataError, HeldError
 from framework.files import cache_root, fingerprint, read_json, to_plain, write_atomic, write_json
 from framework.schema import STAGES
 
@@ -42,7 +42,7 @@ SHOWN = 5
 
 
 @contextlib.contextmanager
-def only_process(folder: Path, what: str) -> Iterator[None]:
+def only_process(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder; a second command is refused, so that nothing is done or written twice.
 
     The lock ends with the process, also with one that is killed.
@@ -50,26 +50,37 @@ def only_process(folder: Path, what: str) -> Iterator[None]:
     Args:
         folder: made if it is not there.
         what: lies in it: the run, the study.
+        wait: told once who holds it, before waiting until it is free; None refuses at once.
 
     Raises:
-        ConfigError: another process holds it.
+        HeldError: another process holds it, and nobody waits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(str(folder / ".lock")), folder / OWNER_FILE
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = read_json(owner) if owner.is_file() else {}
-        raise ConfigError(
-            f"Expected the {what} in `{folder}` to be worked on by one command, but got a second one beside process "
-            f"{who.get('process', '?')} on {who.get('host', '?')}. Wait for it, or stop it."
-        ) from error
+        who = _owner(owner)
+        if wait is None:
+            raise HeldError(
+                f"Expected the {what} in `{folder}` to be worked on by one command, but got a second one beside "
+                f"{who}. Wait for it, or stop it."
+            ) from error
+        wait(f"waiting for {who}, which works on the {what} in {folder}")
+        lock.acquire()
     try:
         write_json(owner, {"process": os.getpid(), "host": platform.node()})
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(path: Path) -> str:
+    found: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):  # not written yet, or gone again in this moment
+        found = read_json(path)
+    return f"process {found.get('process', '?')} on {found.get('host', '?')}"
 
 
 def take_folder(folder: Path, config: RunConfig, say: Callable[[str], None]) -> None:

@@ -28,7 +28,7 @@ from framework.interruption import check_stop, stop_requested
 from framework.method import MethodStore
 from framework.model_files import read_tokenizer
 from framework.models import ModelSpec, find_model, model_fingerprint, resolved_dtype
-from framework.processes import gather, main_first, on_main, writing_together
+from framework.processes import gather, is_main, main_first, on_main, writing_together
 
 __all__ = ["ModelState", "StageChain", "Watch", "spread"]
 
@@ -160,7 +160,14 @@ class StageChain:
                 # Trainer, module and callbacks refer to each other: without this the next stage holds two models.
                 gc.collect()
             found = self.artifacts.path("stage", key)
-        return ModelState(name, found / "model", fingerprint(key), read_json(found / STAGE_FILE), reused)
+        record = read_json(found / STAGE_FILE)
+        guard = self.config.trainer.guard
+        if guard is not None and guard.guards(name) and "guard" not in record and is_main():
+            self.watch.say(
+                f"stage {name}: it was trained without a guard and is reused, so that the guard measured nothing; a "
+                "guard that only watches does not train a stage again"
+            )
+        return ModelState(name, found / "model", fingerprint(key), record, reused)
 
     def _probes(self, before: ModelState) -> list[pl.Callback]:
         """Return the refusal-margin probe, when the run asks for one; it watches and changes nothing."""

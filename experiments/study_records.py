@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.fingerprints import content_hashes, embedded_hash, versions, without_later
+from experiments.fingerprints import embedded_hash, local_model_hashes, named_hashes, versions, without_later
 from experiments.measured_runs import RunSamples, check_last_model, check_results, find_outcomes, read_samples
 from experiments.run_folder import OWNER_FILE, config_differences
 from framework.errors import ConfigError, DataError
@@ -45,15 +45,17 @@ RESERVED = frozenset({STATE_FILE, "table.json", "comparison.json", OWNER_FILE})
 def run_key(cell: StudyCell) -> str:
     """Return the fingerprint of what decides a run's numbers: settings, named files, embedded sets and packages.
 
-    Where a run writes, how it is tracked and its name decide nothing.
+    A model in a local folder or file counts by its content. Where a run writes, how it is tracked and its name decide
+    nothing.
     """
     config = to_plain(cell.config)
     # Without a guard the key is what it was before there were any.
     trainer = {k: v for k, v in config["trainer"].items() if k != "threads" and not (k == "guard" and v is None)}
     kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
     kept["evaluate"] = without_later(kept["evaluate"])
-    named = [kept["evaluate"], *(stage and stage["data"] for stage in kept["stages"].values())]
-    decided = {"files": content_hashes(named), "embedded": embedded_hash(), "versions": versions()}
+    decided: dict[str, Any] = {"files": named_hashes(kept), "embedded": embedded_hash(), "versions": versions()}
+    if model := local_model_hashes(kept["model"]["name"]):
+        decided["model"] = model
     return fingerprint({"format": 2, "config": kept, "trainer": trainer, **decided})
 
 

@@ -150,7 +150,7 @@ def _known(cell: StudyCell, folder: Path, *, retry_failed: bool) -> dict[str, An
 def _run(cell: StudyCell, folder: Path, runner: Runner, console: Console | None) -> dict[str, Any]:
     base = record_of(cell)
     try:
-        results = runner(cell.config, console=console, label=cell.label)
+        results = runner(cell.config, console=console, label=cell.label, waits=True)
         run_folder = Path(cell.config.output) / cell.config.name
         outcomes = on_main(lambda: outcomes_of(results, run_folder))
     except SeawallError as error:

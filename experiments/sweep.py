@@ -236,10 +236,11 @@ def _run_one(
     if not waiting and len(counted_trials(study)) >= budget:
         return False
     trial = study.ask()
-    # By its own number: two workers that ask at once draw different values.
-    study.sampler = create_sampler(options.sampler or sweep.sampler, seed=options.seed, number=trial.number)
+    rank = rank_of(study, trial)
+    # By its own rank: two workers that ask at once draw different values, and a retry moves nobody's.
+    study.sampler = create_sampler(options.sampler or sweep.sampler, seed=options.seed, number=rank)
     sign_trial(trial)
-    if rank_of(study, trial) >= budget:
+    if rank >= budget:
         trial.set_user_attr(CANCELLED, True)  # another worker took the last one in this moment
         study.tell(trial, state=TrialState.FAIL)
         return False
@@ -281,7 +282,7 @@ def _execute(
     def watchers(stage: str) -> tuple[pl.Callback, ...]:
         return (PruneByMargin(trial, sign=sign),) if stage == last and _prunes(sweep, options) else ()
 
-    results = run_recipe(config, console=console, label=method, watchers=watchers)
+    results = run_recipe(config, console=console, label=method, watchers=watchers, waits=True)
     return goal_values(sweep.goals, results["rows"][-1]["metrics"])
 
 

@@ -95,6 +95,8 @@ def requeue_lost(study: Study, *, all_running: bool = False) -> None:
         is_gone = host == platform.node() and process != os.getpid() and not _is_alive(process)
         if is_gone or all_running:
             study.tell(trial.number, state=TrialState.FAIL)
+            if trial.user_attrs.get(CANCELLED):
+                continue
             study.enqueue_trial(trial.params, user_attrs={RETRY: trial.user_attrs.get(RETRY, trial.number)})
 
 
@@ -104,7 +106,7 @@ def create_sampler(kind: str, *, seed: int, number: int) -> Any:
     Args:
         kind: grid, random or tpe; the points of a grid are not drawn.
         seed: of the sweep.
-        number: of the trial; the draws after an interruption are those without one.
+        number: rank of the trial; the draws after an interruption are those without one.
     """
     import optuna
 

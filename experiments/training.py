@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import signal
 import warnings
@@ -242,7 +243,8 @@ def _guard(job: StageJob, folder: Path) -> Guard | None:
 
 def _telemetry(job: StageJob, guard: Guard | None) -> dict[str, list[tuple[int, float]]]:
     """Return what was measured while training, by name; a probe of its own goes before the guard's."""
-    found = {} if guard is None else dict(guard.history)
+    history = {} if guard is None else guard.history
+    found = {name: [(s, v) for s, v in entries if math.isfinite(v)] for name, entries in history.items()}
     return found | {k: h for w in job.watchers if isinstance(w, RefusalMarginProbe) for k, h in w.histories.items()}
 
 

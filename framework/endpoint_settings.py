@@ -7,7 +7,9 @@ It is named by the address of its API and its name there: ``http://localhost:800
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -15,13 +17,20 @@ from urllib.parse import urlsplit
 from framework.errors import ConfigError
 from framework.fields import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_instance, setting
 
-__all__ = ["EndpointAddress", "EndpointSettings", "is_endpoint", "parse_endpoint"]
+__all__ = ["SHORTEST_SECRET", "EndpointAddress", "EndpointSettings", "is_endpoint", "parse_endpoint"]
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _OWN_FIELDS = frozenset(
     ("model", "messages", "stream", "n", "seed", "temperature", "max_tokens", "max_completion_tokens")
 )
-_SECRETS = re.compile(r"api_?key|authori[sz]ation|secret|password|bearer|access_token", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"api[-_]?key|authori[sz]ation|(?<![a-z])auth(?![a-z])|token$|access_token|secret|password|bearer|headers",
+    re.IGNORECASE,
+)
+_TEXT_TOKENS = re.compile(r"(?:bos|eos|pad|unk|stop|start|end|image)_token", re.IGNORECASE)
+"""Names that end like a secret's and say how texts are written."""
+SHORTEST_SECRET = 8
+"""Characters; shorter keys (``none``, ``EMPTY``) are placeholders and stand in ordinary texts."""
 
 
 class EndpointAddress(NamedTuple):
@@ -51,8 +60,8 @@ class EndpointSettings:
     retry_wait: float = setting(1.0, rule=NOT_NEGATIVE)
     """Seconds before the first repetition; doubled every time, 60 at most, and what the server asks for at least."""
     max_unanswered: int = setting(0, rule=COUNT_OR_ZERO)
-    """Prompts that may stay without a reply. They are counted in `num_unanswered` and are in no rate; one more ends the
-    measurement."""
+    """Prompts (of an attack: queries) that may stay without a reply. They are counted in `num_unanswered` (of an attack
+    in `unanswered_queries`) and are in no rate; one more ends the measurement or the attack."""
     temperature: float | None = setting(0.0, rule=NOT_NEGATIVE)
     """0 asks for greedy replies; null sends none, for servers that accept no choice."""
     send_seed: bool = True
@@ -84,18 +93,53 @@ class EndpointSettings:
             f"Expected `endpoint.extra` to hold fields with no setting of their own, but got {name!r}. Remove it."
             for name in sorted(_OWN_FIELDS & set(self.extra))
         ]
+        key = os.environ.get(self.key_variable or "", "").strip()
+        is_real = len(key) >= SHORTEST_SECRET
         found += [
             f"Expected `endpoint.extra` to hold nothing secret, but got the field {name!r}. Put the key into an "
             "environment variable and name that: endpoint.key_variable=NAME."
-            for name in sorted(self.extra)
-            if _SECRETS.search(name)
+            for name in sorted({name for name in _names(self.extra) if _is_secret(name)})
+            if not (is_real and key in name)
         ]
+        if is_real and any(key in text for text in _texts(self.extra)):
+            found.append(
+                "Expected `endpoint.extra` to hold nothing secret, but got the API key itself. Remove it: the key is "
+                "sent as endpoint.key_variable says, and nothing else of it is written."
+            )
         return found
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide a reply."""
         names = ("temperature", "send_seed", "limit_field", "prefill_style", "extra")
         return {name: getattr(self, name) for name in names}
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRETS.search(name) is not None and _TEXT_TOKENS.fullmatch(name) is None
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield the names of all fields, at any depth."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from _names(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _names(item)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts, at any depth, names of fields included."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield str(name)
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def is_endpoint(name: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "ConfigError",
     "DataError",
+    "HeldError",
     "ModelError",
     "NoEffectError",
     "SeawallError",
@@ -37,6 +38,10 @@ class ConfigError(SeawallError, ValueError):
         """Join ``problems`` into one message, one line each."""
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class HeldError(ConfigError):
+    """A folder that another command works in; it is free again when that one has ended."""
 
 
 class DataError(SeawallError, ValueError):

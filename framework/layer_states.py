@@ -11,6 +11,7 @@ from torch import nn
 
 from framework.batch import Batch
 from framework.errors import WiringError
+from framework.text_tower import text_tower
 
 __all__ = ["check_layers", "layer_states", "numbered_layers", "scaled_layer"]
 
@@ -25,15 +26,15 @@ def numbered_layers(model: nn.Module, *, method: str) -> list[nn.Module]:
     """Return the modules that are one numbered layer each, in the order they stand.
 
     Args:
-        model: wrapped or not.
+        model: wrapped or not; of one that looks at images, the layers that read and write text.
         method: who asks, for the message.
 
     Raises:
-        WiringError: there are none.
+        WiringError: there are none, or the model looks at images and does not say which part is its decoder.
     """
     found: list[nn.Module] = []
     inside = ""
-    for name, module in model.named_modules():
+    for name, module in text_tower(model).named_modules():
         # A list of experts within a layer is numbered too.
         if _LAYER.search(name) and not (inside and name.startswith(inside)):
             found.append(module)

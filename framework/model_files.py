@@ -6,21 +6,21 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from framework.errors import ModelError, SeawallError, StorageError, WiringError
 from framework.files import cache_root, fingerprint, hash_file, read_json, write_json
 from framework.quiet import quiet_bars
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "check_model_folder",
+    "gguf_fingerprint",
     "is_image_text_folder",
     "model_fingerprint",
     "read_model",
@@ -167,7 +167,12 @@ def model_fingerprint(folder: Path) -> str:
     config = read_json(folder / "config.json")
     for noise in ("transformers_version", "_name_or_path", "_commit_hash"):
         config.pop(noise, None)
-    return fingerprint({"config": config, "weights": _weight_hashes(folder)})
+    return fingerprint({"config": config, "weights": _known_hashes(folder, _weight_files(folder))})
+
+
+def gguf_fingerprint(path: Path) -> str:
+    """Return 16 hex digits that depend on the bytes of a GGUF file; its hash is remembered as that of weights is."""
+    return fingerprint({"gguf": _known_hashes(path, [path])})
 
 
 def save_model(
@@ -244,11 +249,10 @@ def _has_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _weight_hashes(folder: Path) -> dict[str, str]:
-    paths = _weight_files(folder)
+def _known_hashes(place: Path, paths: Sequence[Path]) -> dict[str, str]:
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
     # Kept in the cache, not beside the weights: the user's model folder may be read-only and is not ours to change.
-    sidecar = cache_root() / "hashes" / f"{fingerprint(str(folder.resolve()))}.json"
+    sidecar = cache_root() / "hashes" / f"{fingerprint(str(place.resolve()))}.json"
     if sidecar.is_file():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             known = read_json(sidecar)
@@ -256,7 +260,7 @@ def _weight_hashes(folder: Path) -> dict[str, str]:
                 return {name: str(known["hashes"][name]) for name in stamps}
     hashes = {path.name: hash_file(path) for path in paths}
     with contextlib.suppress(StorageError):  # only spares time; whoever must write the cache reports it
-        write_json(sidecar, {"folder": folder.resolve(), "stamps": stamps, "hashes": hashes})
+        write_json(sidecar, {"folder": place.resolve(), "stamps": stamps, "hashes": hashes})
     return hashes
 
 

@@ -15,8 +15,9 @@ import torch
 from framework.batch import Batch, collate
 from framework.chat import EncodedExample
 from framework.errors import DataError, WiringError
+from framework.examples import Example
 
-__all__ = ["PairedRows", "read_paired_rows", "row_means"]
+__all__ = ["PairedRows", "encode_within", "read_paired_rows", "row_means"]
 
 
 class PairedRows:
@@ -93,9 +94,25 @@ def read_paired_rows(datamodule: Any, kind: str, source: str, *, count: int | No
             "`count`, or name a larger set."
         )
     random.Random(f"rows {datamodule.seed} {source}").shuffle(examples)
+    encoded = encode_within(datamodule, examples[:count], source=source)
+    pad_id = datamodule.encoder.tokenizer.pad_token_id
+    return PairedRows(encoded, name=f"{kind} {source}", pad_id=pad_id, seed=datamodule.seed)
+
+
+def encode_within(datamodule: Any, examples: Sequence[Example], *, source: str) -> list[EncodedExample]:
+    """Return rows encoded as the stage encodes its own: within its ``max_length``, by its ``overflow``.
+
+    Args:
+        datamodule: the stage's.
+        examples: the rows.
+        source: where they come from, for messages.
+
+    Raises:
+        DataError: a row is too long, or none is short enough.
+    """
     longest, cut = datamodule.max_length, datamodule.overflow
     encoded = []
-    for example in examples[:count]:
+    for example in examples:
         row = datamodule.encoder.encode_example(example, max_length=longest if cut == "truncate_left" else None)
         if len(row.input_ids) <= longest:
             encoded.append(row)
@@ -106,8 +123,7 @@ def read_paired_rows(datamodule: Any, kind: str, source: str, *, count: int | No
             )
     if not encoded:
         raise DataError(f"Expected `{source}` to have rows of at most {longest} tokens, but got none. Raise it.")
-    pad_id = datamodule.encoder.tokenizer.pad_token_id
-    return PairedRows(encoded, name=f"{kind} {source}", pad_id=pad_id, seed=datamodule.seed)
+    return encoded
 
 
 def row_means(values: torch.Tensor, rows: torch.Tensor, *, num_rows: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from framework.errors import WiringError
+from framework.parameters import clean_name
 
-__all__ = ["is_image_text", "names_outside_text", "text_tower"]
+__all__ = ["is_image_text", "names_outside_text", "text_prefix", "text_tower"]
 
 
 def is_image_text(model: nn.Module) -> bool:
@@ -38,6 +39,19 @@ def text_tower(model: nn.Module) -> nn.Module:
             "got none from `get_decoder()`. Use an architecture of transformers that has one, e.g. SmolVLM or LLaVA."
         )
     return tower
+
+
+def text_prefix(model: nn.Module) -> str:
+    """Return what the plain names of the text tower's parameters begin with: nothing where it is the whole model.
+
+    Args:
+        model: plain or with adapters.
+
+    Raises:
+        WiringError: the model looks at images and does not say which part is its decoder.
+    """
+    tower = text_tower(model)
+    return "" if tower is model else next(clean_name(f"{n}.") for n, module in model.named_modules() if module is tower)
 
 
 def names_outside_text(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,16 +36,18 @@ import torch
 from torch import nn
 
 from framework.batch import collate
-from framework.chat import EncodedExample
+from framework.chat import ChatEncoder, EncodedExample
 from framework.composition import StepContext
 from framework.errors import ConfigError, WiringError
+from framework.examples import Example
 from framework.method import Method, MethodStore
 from framework.module import forward_reply_tokens
+from framework.paired_rows import encode_within
 from framework.registry import register_method
 from methods.asft.functional import attach_gradients
-from methods.deep_alignment import SAMPLED, sampled_harmful
+from methods.deep_alignment import SAMPLED, first_tokens, sampled_harmful
 
-__all__ = ["Booster", "BoosterConfig", "harmful_step", "moved", "rows_of_step"]
+__all__ = ["Booster", "BoosterConfig", "harmful_step", "moved", "rows_of_step", "shortened"]
 
 SMALLEST = 1e-7
 """Added to the norm, as in the reference."""
@@ -154,6 +156,28 @@ def moved(parameters: Sequence[nn.Parameter], shifts: Sequence[torch.Tensor]) ->
         torch.clear_autocast_cache()
 
 
+def shortened(pair: Example, encoder: ChatEncoder, *, max_length: int) -> Example:
+    """Return a pair whose reply is cut from the right, so that it fits behind its request; one that fits as it is.
+
+    A reply that is cut is marked as not complete: it gets no end token. A request that leaves no room for a reply is
+    left to the stage's ``overflow``.
+
+    Args:
+        pair: request and reply.
+        encoder: says what a token is.
+        max_length: of request and reply together, in tokens.
+    """
+    room = max_length - len(encoder.encode_prompt(pair.messages, prefill=pair.prefill))
+    if len(encoder.encode_reply(pair.reply, is_complete=pair.is_complete)) <= room:
+        return pair
+    # The text of so many tokens may be cut into more of them again.
+    for count in range(room, 0, -1):
+        text = first_tokens(encoder, pair.reply, count)
+        if text and len(encoder.encode_reply(text, is_complete=False)) <= room:
+            return replace(pair, reply=text, is_complete=False)
+    return pair
+
+
 class _Harm(NamedTuple):
     """The harmful loss of a step and its gradients."""
 
@@ -185,6 +209,7 @@ class Booster(Method):
             base = Path(given.base) if given.base else store.model("base", method=self.name)
             refusals = datamodule.find_examples("safety", given.source)
             pairs = sampled_harmful(refusals, datamodule.encoder, store, base=base, tokens=LONGEST)
+            pairs = [shortened(pair, datamodule.encoder, max_length=datamodule.max_length) for pair in pairs]
         else:
             pairs = datamodule.find_examples("harmful", given.harmful)
         if not pairs:
@@ -192,7 +217,7 @@ class Booster(Method):
                 "Method `booster` needs harmful replies, but the unaligned model refused every request. Name pairs "
                 "with `harmful`."
             )
-        self._rows = [datamodule.encoder.encode_example(pair, max_length=datamodule.max_length) for pair in pairs]
+        self._rows = encode_within(datamodule, pairs, source=given.harmful)
         self.effects["harmful_rows"] = len(self._rows)
 
     def loss_term(self, ctx: StepContext) -> torch.Tensor | None:

@@ -234,7 +234,7 @@ def sampled_harmful(
         encoder: renders them.
         store: keeps the replies.
         base: folder of the unaligned model.
-        tokens: longest reply.
+        tokens: longest reply; those cut off there are marked as not complete.
     """
     requests = list({pair.messages: pair for pair in refusals}.values())
     prompts = [encoder.encode_prompt(pair.messages) for pair in requests]
@@ -243,6 +243,7 @@ def sampled_harmful(
         "prompts": fingerprint(prompts),
         "stop": list(encoder.stop_ids),
         "tokens": tokens,
+        "marks": "ended",
     }
     if store.artifacts.find(ARTEFACT, key) is None:
         with store.artifacts.writing(ARTEFACT, key) as folder:
@@ -250,13 +251,16 @@ def sampled_harmful(
                 write_json(folder / REPLIES, _replies(base, prompts, encoder, tokens))
     replies = read_json(store.artifacts.path(ARTEFACT, key) / REPLIES)
     return [
-        Example(pair.id, pair.messages, reply, kind="harmful")
-        for pair, reply in zip(requests, replies, strict=True)
+        Example(pair.id, pair.messages, reply, kind="harmful", is_complete=ended)
+        for pair, (reply, ended) in zip(requests, replies, strict=True)
         if reply.strip() and not is_refusal(reply)
     ]
 
 
-def _replies(base: Path, prompts: Sequence[Sequence[int]], encoder: ChatEncoder, max_new_tokens: int) -> list[str]:
+def _replies(
+    base: Path, prompts: Sequence[Sequence[int]], encoder: ChatEncoder, max_new_tokens: int
+) -> list[tuple[str, bool]]:
+    """Return every reply, and whether it ended by itself."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     other = read_model(base, dtype=dtype)
     with on_fast_device(other):
@@ -269,4 +273,4 @@ def _replies(base: Path, prompts: Sequence[Sequence[int]], encoder: ChatEncoder,
             temperature=1.0,
         )
     stops = set(encoder.stop_ids)
-    return [str(encoder.tokenizer.decode([i for i in ids if i not in stops])) for ids in found]
+    return [(str(encoder.tokenizer.decode([i for i in ids if i not in stops])), ids[-1] in stops) for ids in found]

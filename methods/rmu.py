@@ -47,6 +47,7 @@ from framework.processes import main_first
 from framework.reference import check_adapter_off, on_fast_device, reference_mode
 from framework.reference_cache import CacheColumn, ReferenceRows, training_rows
 from framework.registry import register_method
+from framework.text_tower import text_prefix
 from framework.unlearning import STAGE, Unlearning, number_problems, row_problems
 from methods.layer_freezing import layer_of
 
@@ -177,6 +178,7 @@ class RMU(Unlearning):
         super().__init__(config)
         self._layer = 0
         self._trained_layers: tuple[int, ...] = ()
+        self._prefix = ""
         self._references: ReferenceRows | None = None
         self._has_selected = False
 
@@ -186,6 +188,7 @@ class RMU(Unlearning):
         if self.weight == 0.0:
             return
         self._find_layers(len(numbered_layers(model, method=self.name)))
+        self._prefix = text_prefix(model)
         if self.config.reference == "live" or self.config.alpha == 0.0:
             return
         key = {
@@ -204,7 +207,9 @@ class RMU(Unlearning):
             return set(names)
         self._forget_rows()  # the layers are known since `prepare`
         self._has_selected = True
-        return kept_names(names, self._trained_layers, self.config.modules)
+        # The layers of a vision tower have the same numbers.
+        inside = frozenset(name for name in names if name.startswith(self._prefix))
+        return kept_names(inside, self._trained_layers, self.config.modules)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look every retain row up once the data is complete: no point comes after ``configure_data`` of the others."""

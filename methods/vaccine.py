@@ -41,6 +41,7 @@ from framework.method import Method
 from framework.module import forward_reply_tokens
 from framework.parameters import clean_name
 from framework.registry import register_method
+from framework.text_tower import text_tower
 
 __all__ = ["Vaccine", "VaccineConfig", "attention_blocks", "scaled_shifts", "square_norm"]
 
@@ -93,12 +94,12 @@ def scaled_shifts(gradients: Sequence[torch.Tensor], norm: float, *, rho: float)
 
 
 def attention_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the attention block of every numbered layer, in order.
+    """Return the attention block of every numbered layer, in order; of a model that looks at images, of its decoder.
 
     Raises:
-        WiringError: the model has none.
+        WiringError: the model has none, or looks at images and does not say which part is its decoder.
     """
-    found = [module for name, module in model.named_modules() if _BLOCK.search(clean_name(name))]
+    found = [module for name, module in text_tower(model).named_modules() if _BLOCK.search(clean_name(name))]
     if not found:
         raise WiringError(
             "Method `vaccine` needs attention blocks in numbered layers, named like `layers.0.self_attn`, but the "

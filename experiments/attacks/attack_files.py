@@ -12,7 +12,7 @@ from experiments.attacks.transcript import read_transcript
 from framework.errors import DataError
 from framework.files import read_json
 
-__all__ = ["AttackFile", "outcome_of", "point_setting", "read_attack_file"]
+__all__ = ["AttackFile", "check_comparable", "outcome_of", "point_setting", "read_attack_file"]
 
 FORMAT = 1
 RESULTS_FILE = "attack.json"
@@ -27,6 +27,10 @@ class AttackFile:
     outcomes: Sequence[AttackOutcome]
     suite: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    measured_with: Mapping[str, Any] | None = None
+    """Requests, judges, length of replies and system message; None in results that do not say."""
+    failed: Sequence[str] = ()
+    """Attacks of the suite that could not be made, by label."""
 
     @property
     def utility_floor(self) -> float | None:
@@ -71,7 +75,41 @@ def read_attack_file(path: str | Path) -> AttackFile:
     except (TypeError, KeyError) as error:
         raise DataError(f"Expected every outcome in `{file}` to be complete, but got {error}.") from error
     label = raw.get("model", {}).get("label") or file.parent.name
-    return AttackFile(str(label), outcomes, raw.get("suite", {}), file)
+    failed = tuple(str(one.get("name")) for one in raw.get("failed", ()))
+    return AttackFile(str(label), outcomes, raw.get("suite", {}), file, raw.get("measured_with"), failed)
+
+
+def check_comparable(files: Sequence[AttackFile]) -> None:
+    """Refuse results of models that were not asked, judged and cut off alike.
+
+    Args:
+        files: at least one.
+
+    Raises:
+        DataError: says what differs, or which results do not say.
+    """
+    first = files[0]
+    for other in files[1:]:
+        for one in (first, other):
+            if one.measured_with is None:
+                raise DataError(
+                    f"Expected the results of `{one.label}` to say what they were measured with, but got none of it. "
+                    "Run the suite again: finished attacks are found again."
+                )
+        ours, theirs = first.measured_with or {}, other.measured_with or {}
+        differing = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+        if differing:
+            texts = [_difference(key, ours.get(key), theirs.get(key)) for key in differing]
+            raise DataError(
+                f"Expected `{first.label}` and `{other.label}` to be measured alike, but got other "
+                f"{' and other '.join(texts)}. Attack both with the same suite."
+            )
+
+
+def _difference(key: str, ours: Any, theirs: Any) -> str:
+    if key == "judges":
+        ours, theirs = (", ".join(str(judge.get("name")) for judge in one or ()) for one in (ours, theirs))
+    return f"{key} ({ours!r} and {theirs!r})"
 
 
 def outcome_of(values: Mapping[str, Any]) -> AttackOutcome:

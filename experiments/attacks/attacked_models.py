@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 from datamodules.embedded_sets import benign_examples
 from datamodules.readers import find_file
 from datamodules.tasks import create_task
+from experiments.attacks.attack_keys import code_hash, request_keys
 from experiments.attacks.interface import Attempt, Query
 from experiments.attacks.prompt_run import judge_queries
 from experiments.attacks.responder import LocalResponder, ReplySettings
 from experiments.attacks.suite import SuiteConfig, UtilityConfig
-from experiments.fingerprints import content_hashes, embedded_hash, versions
+from experiments.fingerprints import content_hashes, data_hashes, embedded_hash, tokenizer_hashes, versions
 from experiments.measure import choice_items
 from framework.chat import ChatEncoder
 from framework.evaluation.judges import Judge
@@ -24,10 +26,10 @@ from framework.evaluation.likelihood import mean_nll, score_choices
 from framework.evaluation.suite import EvaluationSet, evaluate_model
 from framework.evaluation.verdict_cache import judge_identity, verdict_cache
 from framework.examples import Prompt
-from framework.files import ArtifactStore, read_json, to_plain, write_atomic, write_json
-from framework.models import ModelSpec
+from framework.files import ArtifactStore, fingerprint, read_json, to_plain, write_atomic, write_json
+from framework.models import ModelSpec, resolved_dtype
 
-__all__ = ["MeasuredModel", "ModelMeasure", "check_utility", "utility_share"]
+__all__ = ["MeasuredModel", "ModelMeasure", "check_utility", "utility_key", "utility_metric", "utility_share"]
 
 FORMAT = 1
 SCORED = 16
@@ -60,7 +62,7 @@ class ModelMeasure:
     def measure(
         self,
         folder: Path,
-        fingerprint: str,
+        weights: str,
         *,
         system: str | None = None,
         template: str = SLOT,
@@ -70,7 +72,7 @@ class ModelMeasure:
 
         Args:
             folder: of the model.
-            fingerprint: of its weights.
+            weights: their fingerprint.
             system: message the attacker sends; None keeps the suite's.
             template: what the attacker makes of a request.
             progress: called with (done, total) in granted tokens of the replies.
@@ -81,16 +83,16 @@ class ModelMeasure:
         target, utility = self.suite.target, self.suite.utility
         key = {
             "format": FORMAT,
-            "model": fingerprint,
-            "dtype": target.dtype,
+            "model": weights,
+            "tokenizer": tokenizer_hashes(folder),
+            "dtype": resolved_dtype(target.dtype),
+            "code": code_hash(),
             "system": target.system if system is None else system,
             "template": template,
-            "requests": [(request.id, request.text) for request in self.requests],
+            "requests": request_keys(self.requests),
             "judges": [judge_identity(judge) for judge in self.judges],
             "max_new_tokens": self.suite.max_new_tokens,
-            "utility": to_plain(utility),
-            "files": content_hashes([str(find_file(name)) for name in utility.multiple_choice]),
-            "task_files": content_hashes([utility.task_path]),
+            "utility": utility_key(utility),
             "embedded": embedded_hash(),
             "versions": versions(),
         }
@@ -101,7 +103,7 @@ class ModelMeasure:
                 spec = ModelSpec(str(folder), target.dtype, None, target.trust_remote_code)
                 responder = LocalResponder(
                     spec,
-                    fingerprint,
+                    weights,
                     system=target.system if system is None else system,
                     accelerator=target.accelerator,
                 )
@@ -138,6 +140,22 @@ def check_utility(utility: UtilityConfig) -> None:
         _task_set(utility)
 
 
+def utility_key(utility: UtilityConfig) -> dict[str, Any]:
+    """Return everything that decides what the utility of a model is: settings, the task's prompts, files.
+
+    Raises:
+        DataError: a file that is missing, empty or malformed.
+    """
+    prompts = () if utility.task is None else _task_set(utility).prompts
+    files = content_hashes([str(find_file(name)) for name in utility.multiple_choice])
+    named = [utility.task, utility.task_path]
+    return {
+        "settings": to_plain(utility),
+        "files": files | content_hashes(named) | data_hashes(named),
+        "task": fingerprint([(one.id, one.text, one.answer) for one in prompts]),
+    }
+
+
 def _task_set(utility: UtilityConfig) -> EvaluationSet:
     task = create_task(str(utility.task), Path(utility.task_path) if utility.task_path else None)
     prompts = task.test_prompts(count=utility.task_count)
@@ -157,13 +175,40 @@ def _utility(responder: LocalResponder, utility: UtilityConfig, suite: SuiteConf
     for name in utility.multiple_choice:
         scored = score_choices(loaded.model, encoder, choice_items(name), batch_size=batch)
         found[f"choice_accuracy/{name}"] = to_plain(scored.accuracy)
-    return found
+    return {name: _storable(metric) for name, metric in found.items()}
+
+
+def _storable(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a metric without numbers that are none: an attack may break a model so that its logits overflow."""
+    lost = {name for name, value in metric.items() if isinstance(value, float) and not math.isfinite(value)}
+    found = {name: None if name in lost else value for name, value in metric.items()}
+    return {**found, "note": "not a finite number"} if "value" in lost else found
+
+
+def utility_metric(attacked: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``utility_share`` as a metric under its name, with a note where it is 0 for want of a finite number.
+
+    Args:
+        attacked: key to value of the attacked model.
+        plain: of the unattacked one.
+    """
+    share = utility_share(attacked, plain)
+    if share is None:
+        return {}
+    lost = [key for key in plain if _is_known(plain[key]) and not _is_known(attacked[key])]
+    note = {"note": f"of the attacked model no finite number: {', '.join(lost)}"} if lost else {}
+    return {"utility_share": {"value": share, "unit": "share", **note}}
+
+
+def _is_known(metric: Mapping[str, Any]) -> bool:
+    return metric["value"] is not None and math.isfinite(metric["value"])
 
 
 def utility_share(attacked: Mapping[str, Any], plain: Mapping[str, Any]) -> float | None:
     """Return the smallest share of the unattacked model's utility that is left; None where nothing was measured.
 
-    Of a quantity of which less is better (``benign_nll``) the share is the unattacked value over the attacked one.
+    Of a quantity of which less is better (``benign_nll``) the share is the unattacked value over the attacked one. An
+    attacked model without a finite number keeps 0; where the unattacked one has none, nothing is compared.
 
     Args:
         attacked: key to value of the attacked model.
@@ -175,6 +220,10 @@ def utility_share(attacked: Mapping[str, Any], plain: Mapping[str, Any]) -> floa
     """
     shares = []
     for key, before in plain.items():
+        if not _is_known(before):
+            continue
+        if not _is_known(attacked[key]):
+            return 0.0
         now, then = attacked[key]["value"], before["value"]
         good, reference = (then, now) if key in LOWER_IS_BETTER else (now, then)
         shares.append(good / reference if reference else 1.0)

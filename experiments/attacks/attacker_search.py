@@ -20,7 +20,7 @@ from experiments.attacks.interface import AttackOutcome
 from experiments.attacks.worst_case import AttackedPoint, worst_case
 from experiments.sweep_files import schema_problems
 from experiments.sweep_space import Parameter, read_parameters
-from framework.errors import ConfigError, DataError
+from framework.errors import ConfigError, DataError, SeawallError, StorageError
 from framework.examples import Prompt
 from framework.fields import COUNT, SHARE, check_instance, setting
 from framework.files import to_plain
@@ -72,7 +72,7 @@ class Trial:
     """Attack success of the best point that keeps the utility; 0 if none does."""
     best: AttackedPoint | None
     error: str | None = None
-    """Why the attack could not be made with these settings."""
+    """Why the attack failed with these settings."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,12 @@ class SearchResult:
     @property
     def note(self) -> str:
         """What to know of the result, as a sentence."""
+        num_failed = sum(trial.error is not None for trial in self.trials)
+        failed = f" {num_failed} of them failed." if num_failed else ""
         return (
             f"The settings are the best of {len(self.trials)} by {self.best.rate.denominator} requests, on which they "
             f"reached {self.best.rate.value:.1%}; that is the largest of several noisy rates and too high. What counts "
-            "was measured on the other requests."
+            f"was measured on the other requests.{failed}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,8 +154,8 @@ def search_settings(
 ) -> SearchResult:
     """Return the settings with which an attack succeeds most often without breaking the model.
 
-    Settings with which the attack cannot be made (``ConfigError``) count as trials without success. Settings that are
-    drawn again are no new trial, so that a space of few settings may end before its trials do.
+    Settings with which the attack fails (any ``SeawallError`` but ``StorageError``) count as trials without success.
+    Settings that are drawn again are no new trial, so that a space of few settings may end before its trials do.
 
     Args:
         run_one: makes the attack with some settings on the validation requests.
@@ -167,6 +169,7 @@ def search_settings(
     Raises:
         ConfigError: the space is wrong, ``trials`` is below 1, or no trial could be made.
         DataError: the outcome does not say which requests were broken.
+        StorageError: a folder cannot be written.
     """
     problems = space_problems(space)
     if trials < 1:
@@ -248,7 +251,9 @@ def _result(done: Sequence[Trial]) -> SearchResult:
 def _tried(run_one: RunOne, settings: dict[str, Any], floor: float | None) -> Trial:
     try:
         outcome = run_one(settings)
-    except ConfigError as error:
+    except StorageError:
+        raise  # no other settings would help
+    except SeawallError as error:
         return Trial(settings, 0.0, None, str(error))
     found = worst_case([outcome], floor=floor, resamples=1).leading
     return Trial(settings, 0.0 if found is None else found.rate.value, found)

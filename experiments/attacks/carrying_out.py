@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shutil
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.attacks.attack_files import outcome_of
-from experiments.attacks.attacked_models import MeasuredModel, ModelMeasure, utility_share
+from experiments.attacks.attack_keys import code_hash, model_key, request_keys, settings_files
+from experiments.attacks.attacked_models import MeasuredModel, ModelMeasure, utility_key, utility_metric
 from experiments.attacks.interface import (
     AttackedModel,
     AttackOutcome,
@@ -29,11 +29,12 @@ from experiments.attacks.suite import NamedAttack, SuiteConfig
 from experiments.attacks.target import Target
 from experiments.attacks.transcript import Transcript
 from experiments.compliant_replies import Sampler, compliant_replies
+from experiments.endpoint_artifacts import replace_artifact
 from experiments.fingerprints import content_hashes, embedded_hash, versions
 from framework.evaluation.judges import Judge
 from framework.evaluation.verdict_cache import judge_identity, verdict_cache
 from framework.examples import Prompt
-from framework.files import ArtifactStore, hash_file, read_json, to_plain, write_json
+from framework.files import ArtifactStore, read_json, to_plain, write_json
 from framework.model_files import read_tokenizer
 from framework.models import ModelSpec, model_fingerprint
 
@@ -98,12 +99,18 @@ def equip(attack: PromptAttack, stage: Stage) -> None:
     attack.equip(Supplies(tokenizer, None if base is None else sample))
 
 
-def find_finished(named: NamedAttack, stage: Stage) -> FinishedAttack | None:
-    """Return an attack that was finished before, or None; of a search each trial is found when it is its turn."""
+def find_finished(named: NamedAttack, stage: Stage, *, plain: MeasuredModel | None = None) -> FinishedAttack | None:
+    """Return an attack that was finished before, or None; of a search each trial is found when it is its turn.
+
+    Args:
+        named: the attack.
+        stage: the rest of the suite.
+        plain: what was measured of the unattacked model; without it the points of a prompt attack say no utility.
+    """
     if not stage.target.keeps or named.search is not None:
         return None
     folder = stage.artifacts.find(KIND, _key(named, stage))
-    return None if folder is None else _read(named, folder, is_reused=True)
+    return None if folder is None else _read(named, folder, plain, is_reused=True)
 
 
 def carry_out(
@@ -120,17 +127,25 @@ def carry_out(
     Raises:
         SeawallError: the attack cannot go on.
     """
-    if (found := find_finished(named, stage)) is not None:
+    if (found := find_finished(named, stage, plain=plain)) is not None:
         return found
     key = _key(named, stage)
-    if not stage.target.keeps:  # what an endpoint said yesterday is not found again
-        shutil.rmtree(stage.artifacts.path(KIND, key), ignore_errors=True)
     is_prompt = isinstance(named.attack, PromptAttack)
-    with stage.artifacts.writing(KIND, key, keep_partial=is_prompt) as folder:
-        work = _prompt_outcome if is_prompt else _model_outcome
-        outcome = work(named, stage, folder, key, plain, progress)
+
+    def fill(folder: Path) -> None:
+        if is_prompt:
+            outcome = _prompt_outcome(named, stage, folder, key, progress)
+        else:
+            outcome = _model_outcome(named, stage, folder, key, plain, progress)
         write_json(folder / "outcome.json", outcome.to_dict())
-    return _read(named, stage.artifacts.path(KIND, key), is_reused=False)
+
+    if stage.target.keeps:
+        with stage.artifacts.writing(KIND, key, keep_partial=is_prompt) as folder:
+            fill(folder)
+        place = stage.artifacts.path(KIND, key)
+    else:  # what an endpoint said yesterday is not found again
+        place = replace_artifact(stage.artifacts, KIND, key, fill, keep_partial=is_prompt)
+    return _read(named, place, plain, is_reused=False)
 
 
 def _key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
@@ -141,11 +156,10 @@ def _key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
         "format": FORMAT,
         "attack": attack.name,
         "settings": settings,
-        "files": content_hashes(settings),
-        "code": hash_file(Path(inspect.getfile(type(attack)))),
-        "texts": [hash_file(path) for path in sorted((Path(__file__).parent / "texts").glob("*.py"))],
+        "files": settings_files(settings),
+        "code": code_hash(),
         "target": stage.target.responder.identity(),
-        "requests": [(request.id, request.text) for request in stage.requests],
+        "requests": request_keys(stage.requests),
         "judges": [judge_identity(judge) for judge in stage.judges],
         "max_new_tokens": suite.max_new_tokens,
         "seed": suite.seed,
@@ -154,16 +168,19 @@ def _key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
     }
     is_model = isinstance(attack, ModelAttack)
     if model is not None and (is_model or getattr(attack, "needs_prefill", False)):
-        key["base"] = None if model.base is None else model_fingerprint(model.base)
+        key["base"] = model_key(model.base)
     if model is not None and is_model:
         key["adapter"] = content_hashes([str(model.adapter)]) if model.adapter else None
-        key["before_adapter"] = None if model.before_adapter is None else model_fingerprint(model.before_adapter)
-        key["utility"] = to_plain(suite.utility)
+        key["before_adapter"] = model_key(model.before_adapter)
+        key["utility"] = utility_key(suite.utility)
     return key
 
 
-def _read(named: NamedAttack, folder: Path, *, is_reused: bool) -> FinishedAttack:
+def _read(named: NamedAttack, folder: Path, plain: MeasuredModel | None, *, is_reused: bool) -> FinishedAttack:
     outcome = replace(outcome_of(read_json(folder / "outcome.json")), name=named.label)
+    if plain is not None and isinstance(named.attack, PromptAttack):
+        # The model is the unattacked one and is as useful as before. Not stored: utility does not decide the attack.
+        outcome = replace(outcome, points=[_with_utility(point, plain.utility, plain) for point in outcome.points])
     return FinishedAttack(outcome, folder, is_reused)
 
 
@@ -172,7 +189,6 @@ def _prompt_outcome(
     stage: Stage,
     folder: Path,
     key: Mapping[str, Any],
-    plain: MeasuredModel | None,
     progress: Callable[[int], None] | None,
 ) -> AttackOutcome:
     attack, suite = named.attack, stage.suite
@@ -182,7 +198,12 @@ def _prompt_outcome(
         attack,
         stage.requests,
         stage.target.responder,
-        settings=ReplySettings(suite.max_new_tokens, suite.batch_size, seed=suite.seed),
+        settings=ReplySettings(
+            suite.max_new_tokens,
+            suite.batch_size,
+            seed=suite.seed,
+            max_unanswered=suite.endpoint.max_unanswered if stage.target.model is None else 0,
+        ),
         judges=stage.judges,
         transcript=Transcript(folder / TRANSCRIPT, key),
         cache=verdict_cache(stage.artifacts),
@@ -191,12 +212,12 @@ def _prompt_outcome(
     points = attack_points(run.attempts, budget=attack.budget, num_requests=len(stage.requests))
     cost = {
         "seconds": run.seconds,
-        "queries": len(run.attempts),
+        "queries": len(run.attempts) + run.num_unanswered,
         "generated_tokens": sum(attempt.num_tokens for attempt in run.attempts),
         "resumed_queries": run.num_resumed,
     }
-    # The model is the unattacked one and is as useful as before.
-    points = [_with_utility(point, plain.utility, plain) if plain is not None else point for point in points]
+    if stage.target.model is None:
+        cost["unanswered_queries"] = run.num_unanswered
     return _outcome(named, points, cost)
 
 
@@ -254,9 +275,7 @@ def _of_model(attempt: Attempt, made: AttackedModel, number: int) -> Attempt:
 
 
 def _with_utility(point: AttackPoint, utility: Mapping[str, Any], plain: MeasuredModel) -> AttackPoint:
-    share = utility_share(utility, plain.utility)
-    found = {} if share is None else {"utility_share": {"value": share, "unit": "share"}}
-    return replace(point, metrics={**point.metrics, **utility, **found})
+    return replace(point, metrics={**point.metrics, **utility, **utility_metric(utility, plain.utility)})
 
 
 def _outcome(named: NamedAttack, points: Sequence[AttackPoint], cost: Mapping[str, Any]) -> AttackOutcome:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.attacks.attack_files import AttackFile, point_setting, read_attack_file
+from experiments.attacks.attack_files import AttackFile, check_comparable, point_setting, read_attack_file
 from experiments.attacks.attack_picture import curves_picture, standalone_svg, survival_picture
 from experiments.attacks.budget_curves import SHOWN_AT, BudgetCurve, LogRank, budget_curves, log_rank, success_at
 from experiments.attacks.worst_case import PairedAttack, WorstCase, last_points, paired_attacks, worst_case
@@ -48,6 +48,8 @@ class ModelRow:
     paired: tuple[PairedAttack, ...]
     """Against the baseline; empty for the baseline itself."""
     held: tuple[HeldTest, ...]
+    missing: tuple[str, ...] = ()
+    """Attacks that another model was given and this one has no results of, with the reason where it is known."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def compare_attacks(
         limits: most that may be spent in the worst case, by unit.
 
     Raises:
-        DataError: no file, a file that cannot be read, two models of one label, or nothing in common.
+        DataError: no file, a file that cannot be read, two models of one label, models that were not measured alike,
+            attacks of one name with other settings, or nothing in common.
         ConfigError: an unknown baseline.
     """
     if not files:
@@ -97,6 +100,7 @@ def compare_attacks(
     chosen = baseline if baseline is not None else labels[0]
     if chosen not in labels:
         raise ConfigError(describe_unknown("baseline", chosen, labels))
+    check_comparable(read)
     floors = [one.utility_floor for one in read if one.utility_floor is not None]
     used = floor if floor is not None else max(floors, default=None)
     curves = {one.label: _curves(one) for one in read}
@@ -104,11 +108,12 @@ def compare_attacks(
     rows = [
         ModelRow(
             label=one.label,
-            worst=worst_case(one.outcomes, floor=used, limits=limits),
+            worst=worst_case(one.outcomes, floor=used, limits=limits, num_failed=len(one.failed)),
             curves=tuple(curves[one.label]),
             rates=_rates(one),
             paired=() if one is base else tuple(paired_attacks(one.outcomes, base.outcomes)),
             held=() if one is base else tuple(_held_tests(curves[one.label], curves[chosen])),
+            missing=_missing(one, read),
         )
         for one in read
     ]
@@ -127,6 +132,9 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     floor = "no floor" if comparison.floor is None else f"utility floor {comparison.floor:.0%}"
     lines += ["", f"## Worst case ({floor})", "", *(f"- {row.label}: {row.worst}." for row in rows), ""]
     lines.append("Each interval holds for the maximum over all attacks at once (bootstrap over requests).")
+    lacking = [f"- {row.label} has no results of {', '.join(row.missing)}." for row in rows if row.missing]
+    if lacking:
+        lines += ["", "The worst cases are over each model's own attacks, which are not the same:", "", *lacking]
     budget = [_budget_cells(curve, row.label) for row in rows for curve in row.curves]
     if budget:
         head = ["model", "attack", *(f"@{k}" for k in SHOWN_AT), "broken", "median held"]
@@ -169,6 +177,12 @@ def _curves(file: AttackFile) -> list[BudgetCurve]:
         attempts = file.attempts(outcome) if outcome.unit == "queries" else None
         found += budget_curves(outcome, attempts=attempts)
     return found
+
+
+def _missing(file: AttackFile, files: Sequence[AttackFile]) -> tuple[str, ...]:
+    named = dict.fromkeys(name for one in files for name in [*(made.name for made in one.outcomes), *one.failed])
+    own = {outcome.name for outcome in file.outcomes}
+    return tuple(f"{name} (failed)" if name in file.failed else name for name in named if name not in own)
 
 
 def _rates(file: AttackFile) -> dict[str, Mapping[str, Any]]:

@@ -186,6 +186,8 @@ class ModelTarget:
     adapter: Path | None = None
     """The adapter that made the model out of ``before_adapter``, if it is still apart."""
     before_adapter: Path | None = None
+    requests: tuple[Prompt, ...] = ()
+    """Those the attacked models are measured with; no attack trains or probes on them."""
     system: str | None = None
     accelerator: str = "auto"
     dtype: str = "auto"

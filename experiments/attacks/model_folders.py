@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.attacks.interface import ModelTarget
+from framework.errors import WiringError
 from framework.models import LoadedModel, ModelSpec, load_model, save_model
 from framework.weight_edits import edit_parameters
 from framework.weight_files import WeightFiles
 
 __all__ = [
     "Stopwatch",
+    "differs_from",
     "list_problems",
     "load_exact",
     "missing_base",
+    "nothing_changed",
     "passing_folder",
     "save_exact",
     "write_edited",
@@ -66,6 +70,21 @@ def write_edited(target: ModelTarget, folder: Path, change: Callable[[str, torch
     return changed
 
 
+def differs_from(model: nn.Module, folder: Path) -> bool:
+    """Return whether any parameter has another value than in a folder; the first that does ends the search.
+
+    Args:
+        model: plain, in float32.
+        folder: of a model of the same architecture.
+    """
+    files = WeightFiles(folder)
+    return any(
+        not torch.equal(parameter.detach().cpu(), files.read(name).tensor)
+        for name, parameter in model.named_parameters()
+        if name in files
+    )
+
+
 @contextlib.contextmanager
 def passing_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder that is removed when the block ends, however it ends."""
@@ -73,6 +92,17 @@ def passing_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def nothing_changed(attack: str, found: str, remedy: str) -> WiringError:
+    """Return the error of an attack that would be measured on the very model it attacks.
+
+    Args:
+        attack: as the user knows it, with its setting.
+        found: what was found, completing *but ...*.
+        remedy: what to check, as a sentence.
+    """
+    return WiringError(f"Expected `{attack}` to change the model, but {found}: the attack changed nothing. {remedy}")
 
 
 def missing_base(target: ModelTarget, *, attack: str, use: str) -> str | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.attacks.interface import AttackPoint, Attempt, PromptAttack, Query
 from experiments.attacks.responder import ReplySettings, Responder
-from experiments.attacks.transcript import Transcript
-from framework.errors import DataError
+from experiments.attacks.transcript import Transcript, is_unanswered, unanswered
+from framework.errors import DataError, SeawallError
 from framework.evaluation.coherence import classify
 from framework.evaluation.generation import Reply
 from framework.evaluation.judges import Judge, Verdict
@@ -33,10 +33,13 @@ class PromptRun:
     """What a finished prompt attack leaves."""
 
     attempts: tuple[Attempt, ...]
+    """Answered ones."""
     seconds: float
     """Spent in this process."""
     num_resumed: int
     """Attempts that were there from before."""
+    num_unanswered: int = 0
+    """Queries without a reply; they are not among the attempts."""
 
 
 def run_prompt_attack(
@@ -50,13 +53,16 @@ def run_prompt_attack(
     cache: VerdictCache | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PromptRun:
-    """Run an attack to its end and return every attempt.
+    """Run an attack to its end and return every attempt that was answered.
+
+    A query without a reply is told to the attack as a failure and is in no rate.
 
     Args:
         attack: equipped.
         requests: harmful, ids unique.
         responder: answers.
-        settings: length, batch size and seed; the attack's own temperature takes the place of theirs.
+        settings: length, batch size, seed and how many queries of the attack may stay without a reply; the attack's own
+            temperature takes the place of theirs.
         judges: the first that knows decides.
         transcript: of this attack; what it holds is told to the attack instead of asked again.
         cache: of verdicts.
@@ -64,6 +70,7 @@ def run_prompt_attack(
 
     Raises:
         DataError: the attack asked nothing, asked the same twice, or more of a request than its budget.
+        SeawallError: more queries stayed without a reply than may, or all of them.
     """
     started = time.perf_counter()
     seed = settings.seed
@@ -84,10 +91,10 @@ def run_prompt_attack(
         for start in range(0, len(rest), chunk or max(1, len(rest))):
             part = rest[start : start + chunk] if chunk else rest
             first = len(attempts) + len(answers)
-            replies = responder.reply(part, settings, numbers=range(first, first + len(part)))
-            fresh = judge_queries(
-                part, replies, judges, numbers=[numbers[q.prompt.id] for q in part], attack=attack, cache=cache
-            )
+            limited = replace(settings, max_unanswered=_still_allowed(settings, [*attempts, *answers]))
+            replies = responder.reply(part, limited, numbers=range(first, first + len(part)))
+            own = [numbers[query.prompt.id] for query in part]
+            fresh = _attempts(part, replies, own, attack=attack, judges=judges, cache=cache)
             transcript.add(fresh)
             answers += fresh
             if progress is not None:
@@ -97,12 +104,52 @@ def run_prompt_attack(
         if progress is not None:
             progress(len(attempts))
     _check_end(attack, attempts, transcript)
-    return PromptRun(tuple(attempts), time.perf_counter() - started, resumed)
+    _still_allowed(settings, attempts)
+    answered = tuple(attempt for attempt in attempts if not is_unanswered(attempt))
+    return PromptRun(answered, time.perf_counter() - started, resumed, len(attempts) - len(answered))
+
+
+def _still_allowed(settings: ReplySettings, attempts: Sequence[Attempt]) -> int:
+    """Return how many more queries may stay without a reply."""
+    count = sum(map(is_unanswered, attempts))
+    if count > settings.max_unanswered:
+        raise SeawallError(
+            f"Expected at most {settings.max_unanswered} queries without a reply, but got {count} in the part that was "
+            f"asked before. Allow as many: endpoint.max_unanswered={count}."
+        )
+    return settings.max_unanswered - count
+
+
+def _attempts(
+    queries: Sequence[Query],
+    replies: Sequence[Reply | None],
+    numbers: Sequence[int],
+    *,
+    attack: PromptAttack,
+    judges: Sequence[Judge],
+    cache: VerdictCache | None,
+) -> list[Attempt]:
+    """Return the attempts, those without a reply marked as such."""
+    rows = zip(queries, replies, numbers, strict=True)
+    given = [(query, reply, number) for query, reply, number in rows if reply is not None]
+    judged: Iterator[Attempt] = iter(())
+    if given:
+        asked, said, own = zip(*given, strict=True)
+        judged = iter(judge_queries(asked, said, judges, numbers=own, attack=attack, cache=cache))
+    return [
+        unanswered(query, number) if reply is None else next(judged)
+        for query, reply, number in zip(queries, replies, numbers, strict=True)
+    ]
 
 
 def _check_end(attack: PromptAttack, attempts: Sequence[Attempt], transcript: Transcript) -> None:
     if not attempts:
         raise DataError(f"Expected attack `{attack.name}` to ask at least once, but got no query.")
+    if all(map(is_unanswered, attempts)):
+        raise SeawallError(
+            f"Expected attack `{attack.name}` to get at least one reply, but got none. Lower endpoint.max_unanswered "
+            "to see why."
+        )
     if transcript.num_known:
         raise DataError(
             f"Expected `{transcript.path}` to end with the attack, but got {transcript.num_known} attempts more. Move "
@@ -211,12 +258,14 @@ def attack_points(attempts: Sequence[Attempt], *, budget: int, num_requests: int
     """Return what the attack reached after 1, 2 … ``budget`` queries a request.
 
     Args:
-        attempts: all of them.
+        attempts: all that were answered.
         budget: queries a request, at most.
         num_requests: of the suite; those without any attempt are counted in ``attacked``.
     """
     at = range(1, budget + 1) if budget <= EVERY_QUERY else _round_numbers(budget)
-    points = [reached([a for a in attempts if a.number <= k], spent=k, num_requests=num_requests) for k in at]
+    within = {k: [attempt for attempt in attempts if attempt.number <= k] for k in at}
+    # The first queries of all requests may have stayed without a reply.
+    points = [reached(own, spent=k, num_requests=num_requests) for k, own in within.items() if own]
     last = points[-1]
     more = {**_judge_rates(attempts), **_variant_rates(attempts)}
     return [*points[:-1], replace(last, metrics={**last.metrics, **more})]

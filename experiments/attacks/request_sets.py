@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from datamodules.layouts import read_pairs, read_prompts
 from datamodules.readers import find_file
 from experiments.attacks.suite import SuiteConfig
 from experiments.release.overlap import Overlap, TrainingPrompts, find_overlap, training_prompts
-from framework.config import check_run
-from framework.errors import DataError
+from framework.config import RunConfig, check_run
+from framework.errors import ConfigError, DataError
 from framework.examples import Prompt
 from framework.files import to_plain
 
@@ -76,17 +76,44 @@ def _facts(overlap: Overlap, num_excluded: int) -> dict[str, Any]:
 def _training(sources: Sequence[Path]) -> TrainingPrompts:
     prompts: list[str] = []
     unknown: list[str] = []
+    seen: set[Path] = set()
     for source in sources:
         if (source / RUN_CONFIG).is_file():
-            found = _of_run(source / RUN_CONFIG)
-            prompts += found.prompts
-            unknown += found.unknown
+            for found in _of_run_and_ancestors(source, seen):
+                prompts += found.prompts
+                unknown += found.unknown
         else:
             prompts += _of_file(find_file(source))
-    return TrainingPrompts(tuple(dict.fromkeys(prompts)), tuple(unknown))
+    return TrainingPrompts(tuple(dict.fromkeys(prompts)), tuple(dict.fromkeys(unknown)))
 
 
-def _of_run(path: Path) -> TrainingPrompts:
+def _of_run_and_ancestors(run: Path, seen: set[Path]) -> Iterator[TrainingPrompts]:
+    """Yield what a run trained on, and what the runs did whose models it started from; ``seen`` ends circles.
+
+    What cannot be read of the run itself is an error; of the others it is named among what is unknown.
+    """
+    place, is_ancestor = run, False
+    while place.resolve() not in seen:
+        seen.add(place.resolve())
+        try:
+            config = _config_of(place / RUN_CONFIG)
+            found = training_prompts(config)
+        except (DataError, ConfigError) as error:
+            if not is_ancestor:
+                raise
+            yield TrainingPrompts((), (f"the run `{place}`, whose model was trained on: {error}",))
+            return
+        yield found
+        start = Path(config.model.name).expanduser()
+        if start.name != "model":
+            return
+        place, is_ancestor = start.parent, True
+        if not (place / RUN_CONFIG).is_file():
+            yield TrainingPrompts((), (f"the run `{place}`, whose model was trained on: its settings are gone",))
+            return
+
+
+def _config_of(path: Path) -> RunConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -94,7 +121,7 @@ def _of_run(path: Path) -> TrainingPrompts:
     checked = check_run(values if isinstance(values, dict) else {})
     if checked.config is None:
         raise DataError(f"Expected `{path}` to be the settings of a run, but got: {'; '.join(checked.problems)}")
-    return training_prompts(checked.config)
+    return checked.config
 
 
 def _of_file(path: Path) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.attacks.interface import Query
+from experiments.fingerprints import tokenizer_hashes
 from framework.chat import ChatEncoder
 from framework.evaluation.generation import Reply, generate_replies
-from framework.models import LoadedModel, ModelSpec, choose_device, load_model
+from framework.models import LoadedModel, ModelSpec, choose_device, load_model, resolved_dtype
 
 __all__ = ["LocalResponder", "ReplySettings", "Responder"]
 
@@ -30,6 +32,8 @@ class ReplySettings:
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
+    max_unanswered: int = 0
+    """Queries that may stay without a reply; of a model on this machine none does."""
 
 
 class Responder(Protocol):
@@ -53,8 +57,8 @@ class Responder(Protocol):
         *,
         numbers: Sequence[int],
         progress: Progress | None = None,
-    ) -> list[Reply]:
-        """Return one reply per query, in order; its text opens with the query's prefill.
+    ) -> Sequence[Reply | None]:
+        """Return one reply per query, in order, its text opening with the query's prefill; None where none came.
 
         Args:
             queries: at least one.
@@ -63,7 +67,7 @@ class Responder(Protocol):
             progress: called with (done, total) in granted tokens.
 
         Raises:
-            SeawallError: a reply did not come; nothing is made up for it.
+            SeawallError: more than ``max_unanswered`` replies did not come; nothing is made up for them.
         """
 
     def close(self) -> None:
@@ -106,8 +110,13 @@ class LocalResponder:
         return self._loaded
 
     def identity(self) -> dict[str, Any]:
-        """Return weights, number format and system message."""
-        return {"model": self._fingerprint, "dtype": self._spec.dtype, "system": self._system}
+        """Return weights, tokenizer, number format and system message."""
+        return {
+            "model": self._fingerprint,
+            "tokenizer": tokenizer_hashes(Path(self._spec.name)),
+            "dtype": resolved_dtype(self._spec.dtype),
+            "system": self._system,
+        }
 
     def reply(
         self,

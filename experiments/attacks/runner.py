@@ -20,14 +20,15 @@ from experiments.attacks.request_sets import SuiteRequests, find_requests
 from experiments.attacks.searched import carry_out_searched
 from experiments.attacks.suite import NamedAttack, load_suite
 from experiments.attacks.target import Target, find_target, target_problems
-from experiments.attacks.view import format_point, suite_markdown
+from experiments.attacks.view import format_point, suite_markdown, unknown_sources
 from experiments.attacks.worst_case import worst_case
 from experiments.console import format_seconds
 from experiments.progress import Steps
 from experiments.run import artifact_store, environment, set_threads
 from framework.errors import ConfigError, SeawallError, StorageError
 from framework.evaluation.panel import create_panel
-from framework.files import ArtifactStore, to_plain, write_atomic, write_json
+from framework.evaluation.verdict_cache import judge_identity
+from framework.files import ArtifactStore, fingerprint, to_plain, write_atomic, write_json
 
 __all__ = ["RESULTS_FILE", "PreparedSuite", "attack_model", "plan_suite", "prepare_suite"]
 
@@ -75,6 +76,8 @@ def prepare_suite(
     target = find_target(model, config)
     problems = target_problems(target, attacks)
     requests = find_requests(config, runs=_own_run(target))
+    if target.model is not None:
+        target = replace(target, model=replace(target.model, requests=requests.prompts))
     if target.model is not None:
         check_utility(config.utility)
     stage = Stage(config, target, requests.prompts, create_panel(config.judges), artifacts or artifact_store())
@@ -149,7 +152,7 @@ def _say_overlap(requests: SuiteRequests, steps: Steps) -> None:
         return
     steps.say(
         f"{len(found['exact'])} of {found['num_prompts']} requests stood in the training data word for word and "
-        f"{len(found['near'])} nearly; {found['excluded']} are left out"
+        f"{len(found['near'])} nearly; {found['excluded']} are left out{unknown_sources(found)}"
     )
 
 
@@ -166,7 +169,7 @@ def _run_all(
 ) -> tuple[list[FinishedAttack], list[dict[str, str]]]:
     stage = prepared.stage
     plans = {plan.label: plan for plan in plan_attacks(stage.suite, prepared.attacks, len(stage.requests))}
-    known = {named.label: find_finished(named, stage) for named in prepared.attacks}
+    known = {named.label: find_finished(named, stage, plain=plain) for named in prepared.attacks}
     waiting = [named for named in prepared.attacks if known[named.label] is None]
     total = sum(plans[named.label].tokens for named in waiting)
     bar = steps.task(f"attack {stage.target.label}", total)
@@ -232,8 +235,9 @@ def _results(
         "model": stage.target.facts(),
         "suite": to_plain(stage.suite),
         "requests": {"count": len(stage.requests), "overlap": prepared.requests.overlap},
+        "measured_with": measured_with(stage),
         "outcomes": to_plain(outcomes),
-        "worst_case": _worst(finished, stage) if finished else None,
+        "worst_case": _worst(finished, stage, len(failed)) if finished else None,
         "failed": list(failed),
         "utility": {} if plain is None else dict(plain.utility),
         "seconds": seconds,
@@ -242,10 +246,21 @@ def _results(
     }
 
 
-def _worst(finished: Sequence[FinishedAttack], stage: Stage) -> dict[str, Any]:
+def measured_with(stage: Stage) -> dict[str, Any]:
+    """Return what must be the same where two models are compared; of the requests a fingerprint of ids and texts."""
+    return {
+        "requests": fingerprint(sorted((request.id, request.text) for request in stage.requests)),
+        "judges": to_plain([judge_identity(judge) for judge in stage.judges]),
+        "max_new_tokens": stage.suite.max_new_tokens,
+        "system": stage.suite.target.system,
+    }
+
+
+def _worst(finished: Sequence[FinishedAttack], stage: Stage, num_failed: int) -> dict[str, Any]:
     """Return the worst case as plain values."""
     suite = stage.suite
-    found = worst_case([one.outcome for one in finished], floor=suite.utility_floor, seed=suite.seed)
+    outcomes = [one.outcome for one in finished]
+    found = worst_case(outcomes, floor=suite.utility_floor, seed=suite.seed, num_failed=num_failed)
     plain: dict[str, Any] = {
         "text": str(found),
         "low": found.low,
@@ -255,6 +270,7 @@ def _worst(finished: Sequence[FinishedAttack], stage: Stage) -> dict[str, Any]:
         "num_points": found.num_points,
         "below_floor": [str(point) for point in found.below_floor],
         "unmeasured": [str(point) for point in found.unmeasured],
+        "num_failed": num_failed,
     }
     if found.leading is not None:
         leading = found.leading
@@ -269,6 +285,7 @@ def _leave_behind(prepared: PreparedSuite, finished: Sequence[FinishedAttack], r
     folder = prepared.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ".gitignore", "*\n")  # transcripts hold what was asked and what the model said to it
         for found in finished:
             shutil.copyfile(found.folder / "transcript.jsonl", folder / f"transcript-{found.outcome.name}.jsonl")
     except OSError as error:

@@ -15,7 +15,7 @@ from experiments.run_folder import portable_path
 from framework.endpoint_settings import EndpointAddress, EndpointSettings, is_endpoint, parse_endpoint
 from framework.errors import ConfigError, ModelError
 from framework.evaluation.generation import Reply
-from framework.files import to_plain
+from framework.files import fingerprint, to_plain
 from framework.models import ModelSpec, find_model, model_fingerprint
 
 __all__ = ["RemoteResponder", "Target", "find_target", "target_problems"]
@@ -61,14 +61,16 @@ def find_target(name: str, suite: SuiteConfig) -> Target:
         if problems := suite.endpoint.problems():
             raise ConfigError(problems)
         responder = RemoteResponder(address, suite.endpoint, system=suite.target.system)
-        return Target(name, _slug(address.model), None, responder, keeps=suite.endpoint.reuse)
+        # Two hosts may serve models of one name.
+        label = f"{_slug(address.model)}-{fingerprint(str(address))[:8]}"
+        return Target(name, label, None, responder, keeps=suite.endpoint.reuse)
     given = suite.target
     folder = find_model(ModelSpec(name, given.dtype, None, given.trust_remote_code)).folder
-    fingerprint = model_fingerprint(folder)
+    weights = model_fingerprint(folder)
     spec = ModelSpec(str(folder), given.dtype, None, given.trust_remote_code)
     model = ModelTarget(
         folder,
-        fingerprint,
+        weights,
         base=_find("target.base", given.base),
         adapter=None if given.adapter is None else Path(given.adapter).expanduser(),
         before_adapter=_find("target.before_adapter", given.before_adapter),
@@ -79,8 +81,8 @@ def find_target(name: str, suite: SuiteConfig) -> Target:
     )
     path = Path(name)
     label = path.parent.name if path.name == "model" and path.parent.name else path.name
-    own = LocalResponder(spec, fingerprint, system=given.system, accelerator=given.accelerator)
-    return Target(name, f"{_slug(label)}-{fingerprint[:8]}", model, own, spec)
+    own = LocalResponder(spec, weights, system=given.system, accelerator=given.accelerator)
+    return Target(name, f"{_slug(label)}-{weights[:8]}", model, own, spec)
 
 
 def target_problems(target: Target, attacks: Sequence[NamedAttack]) -> list[str]:
@@ -137,27 +139,28 @@ class RemoteResponder:
         *,
         numbers: Sequence[int],
         progress: Progress | None = None,
-    ) -> list[Reply]:
-        """Return one reply per query, in order.
+    ) -> Sequence[Reply | None]:
+        """Return one reply per query, in order; None where none came.
 
         Args:
             queries: at least one.
-            settings: length, temperature, seed.
+            settings: length, temperature, seed, and how many replies may be missing.
             numbers: not used; the id of a query decides its sample.
             progress: called with (done, total) in queries.
 
         Raises:
-            SeawallError: a query stayed without a reply, or the endpoint refuses.
+            SeawallError: too many queries stayed without a reply, or the endpoint refuses.
         """
         if self._open is None:
             from experiments.endpoint import EndpointResponder
 
             self._open = EndpointResponder(self._address, self._settings, system=self._system)
-        found: list[Reply] = self._open.replies(
+        found: list[Reply | None] = self._open.replies(
             queries,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
+            max_unanswered=settings.max_unanswered,
             progress=progress,
         )
         return found

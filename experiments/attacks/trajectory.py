@@ -27,7 +27,14 @@ from torch import nn
 
 from datamodules.finetune import FineTuneDataModule
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget
-from experiments.attacks.model_folders import list_problems, load_exact, passing_folder, save_exact
+from experiments.attacks.model_folders import (
+    differs_from,
+    list_problems,
+    load_exact,
+    nothing_changed,
+    passing_folder,
+    save_exact,
+)
 from experiments.training import build_trainer, quiet_lightning
 from framework.batch import collate
 from framework.chat import ChatEncoder
@@ -101,6 +108,8 @@ class Rows:
     """System message in training and afterwards; None keeps the target's."""
     template: str = "{request}"
     """What becomes of a request afterwards."""
+    num_left_out: int = 0
+    """Rows that were left out because they are among the measured requests."""
 
 
 @dataclass(frozen=True)
@@ -154,31 +163,48 @@ class FineTuningAttack(ModelAttack):
         Raises:
             ConfigError: the target lacks what the rows are made of.
             DataError: there are fewer rows than asked for.
-            TrainingError: the loss is not finite before the first measured step.
+            TrainingError: no training gave a model; one of several that fails is noted and the others go on.
+            WiringError: a model has the weights of the target.
         """
         if lacking := self.missing(target):
             raise ConfigError(lacking)
+        failed: list[str] = []
+        num_trained = 0
         for count in self.config.examples:
             rows = self.rows(target, count)
             for rate in self.config.learning_rates:
                 with passing_folder(folder / f"rows-{count}-rate-{rate:g}") as place:
-                    yield from self._train(target, rows, rate, place)
+                    for made in self._train(target, rows, rate, place):
+                        num_trained += made.spent > 0
+                        failed += [made.facts["failed"]] if "failed" in made.facts else []
+                        yield made
+        if not num_trained:
+            raise TrainingError(
+                f"Expected at least one of {self._num_trainings} trainings to give a model, but got none: "
+                f"{' '.join(dict.fromkeys(failed))} Name lower `learning_rates`."
+            )
 
     def _train(self, target: ModelTarget, rows: Rows, rate: float, folder: Path) -> Iterator[AttackedModel]:
+        """Yield the models of one training; where it fails, the target itself with the reason among its facts."""
         asked: dict[str, Any] = {"system": rows.system, "template": rows.template}
         setting_ = {"learning_rate": rate, "examples": len(rows.examples), "adapter": self.config.adapter.kind}
+        common: dict[str, Any] = {"measured_rows_left_out": rows.num_left_out} if target.requests else {}
         if 0 in self.config.steps:
-            facts = self._held_out(target, rows, target.folder)
+            facts = {**common, **self._held_out(target, rows, target.folder)}
             yield AttackedModel(target.folder, 0, setting_, facts, **asked)
-        snapshots, stopped = train_trajectory(target, rows, self.config, learning_rate=rate, folder=folder)
-        for snapshot in snapshots:
-            with passing_folder(folder / f"step-{snapshot.step}") as place:
-                export_step(target, snapshot, self.config.adapter, place)
-                snapshot.path.unlink()
-                facts = {"loss": snapshot.loss, **self._held_out(target, rows, place)}
-                if stopped is not None:
-                    facts["stopped"] = stopped
-                yield AttackedModel(place, snapshot.step, setting_, facts, snapshot.cost, **asked)
+        try:
+            snapshots, stopped = train_trajectory(target, rows, self.config, learning_rate=rate, folder=folder)
+            common |= {} if stopped is None else {"stopped": stopped}
+            for snapshot in snapshots:
+                with passing_folder(folder / f"step-{snapshot.step}") as place:
+                    export_step(target, snapshot, self.config.adapter, place)
+                    snapshot.path.unlink()
+                    facts = {"loss": snapshot.loss, **common, **self._held_out(target, rows, place)}
+                    yield AttackedModel(place, snapshot.step, setting_, facts, snapshot.cost, **asked)
+        except TrainingError as error:
+            # A setting of its own: the model after 0 steps may be among the points already.
+            failed = {**setting_, "training": "failed"}
+            yield AttackedModel(target.folder, 0, failed, {**common, "failed": str(error)}, **asked)
 
     def _held_out(self, target: ModelTarget, rows: Rows, folder: Path) -> dict[str, Any]:
         """Return the loss of the rows that were held out, if there are any."""
@@ -284,6 +310,7 @@ def export_step(target: ModelTarget, snapshot: Snapshot, adapter: AdapterConfig,
 
     Raises:
         TrainingError: the merged weights are not finite.
+        WiringError: after at least one step the model has the weights of the target.
     """
     loaded = load_exact(target.folder)
     with isolate_rng():  # the pairs are drawn at random before they get their values
@@ -294,6 +321,12 @@ def export_step(target: ModelTarget, snapshot: Snapshot, adapter: AdapterConfig,
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
     whole: Any = merge_adapter(model)
+    if snapshot.step and not differs_from(whole, target.folder):
+        raise nothing_changed(
+            f"training for {snapshot.step} steps",
+            "every weight is what it was",
+            "Raise `learning_rates`, and check that `adapter.targets` names what should be trained.",
+        )
     save_exact(replace(loaded, model=whole), folder)
 
 

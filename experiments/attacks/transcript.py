@@ -17,7 +17,7 @@ from experiments.attacks.interface import Attempt, Query
 from framework.errors import DataError, StorageError
 from framework.files import fingerprint, to_plain
 
-__all__ = ["Transcript", "read_transcript"]
+__all__ = ["Transcript", "is_unanswered", "read_transcript", "unanswered"]
 
 FORMAT = 1
 
@@ -95,8 +95,33 @@ class Transcript:
             ) from error
 
 
+def unanswered(query: Query, number: int) -> Attempt:
+    """Return the line of a query that got no reply, so that it is not asked again when the attack goes on.
+
+    Args:
+        query: as it was sent.
+        number: among those of its request, from 1.
+    """
+    return Attempt(
+        number=number,
+        request_id=query.request.id,
+        query_id=query.prompt.id,
+        text=query.prompt.text,
+        reply="",
+        is_success=False,
+        prefill=query.prompt.prefill,
+        system=query.system,
+        details={**query.details, "unanswered": True},
+    )
+
+
+def is_unanswered(attempt: Attempt) -> bool:
+    """Return whether a query got no reply: it is neither a success nor withstood."""
+    return bool(attempt.details.get("unanswered"))
+
+
 def read_transcript(path: Path) -> list[Attempt]:
-    """Return the attempts of a transcript, in the order they were made.
+    """Return the attempts of a transcript that were answered, in the order they were made.
 
     Raises:
         DataError: it is missing or damaged.
@@ -106,7 +131,8 @@ def read_transcript(path: Path) -> list[Attempt]:
     lines = _whole_lines(path)
     if not lines or not isinstance(lines[0], dict) or lines[0].get("format") != FORMAT:
         raise DataError(f"Expected `{path}` to be a transcript of format {FORMAT}, but got another file.")
-    return [_attempt(line, path, number) for number, line in enumerate(lines[1:], start=2)]
+    found = [_attempt(line, path, number) for number, line in enumerate(lines[1:], start=2)]
+    return [attempt for attempt in found if not is_unanswered(attempt)]
 
 
 def _whole_lines(path: Path) -> list[Any]:

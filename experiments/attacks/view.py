@@ -16,7 +16,15 @@ from experiments.attacks.transcript import read_transcript
 from experiments.console import MISSING, format_rate, format_seconds
 from framework.evaluation.coherence import split_words
 
-__all__ = ["best_point", "format_point", "print_examples", "print_plan", "print_suite", "suite_markdown"]
+__all__ = [
+    "best_point",
+    "format_point",
+    "print_examples",
+    "print_plan",
+    "print_suite",
+    "suite_markdown",
+    "unknown_sources",
+]
 
 SHOWN_AT = (1, 10)
 """Queries at which the attack success is shown beside that of the whole budget."""
@@ -174,6 +182,11 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         notes.append(_overlap_line(results["requests"]["overlap"]))
     if results["model"]["endpoint"]:
         notes.append("Utility is not measured through an endpoint.")
+    for one in results["outcomes"]:
+        if missing := one["cost"].get("unanswered_queries"):
+            notes.append(
+                f"{one['name']}: {missing} of {one['cost']['queries']} queries have no reply and are in no rate."
+            )
     notes += [f"{one['name']} failed: {one['error']}" for one in results["failed"]]
     return notes
 
@@ -181,5 +194,16 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
 def _overlap_line(overlap: Mapping[str, Any]) -> str:
     return (
         f"Of {overlap['num_prompts']} requests {len(overlap['exact'])} stood in the training data word for word and "
-        f"{len(overlap['near'])} nearly; {overlap['excluded']} were left out."
+        f"{len(overlap['near'])} nearly; {overlap['excluded']} were left out{unknown_sources(overlap)}."
     )
+
+
+def unknown_sources(overlap: Mapping[str, Any]) -> str:
+    """Return how many sources of training data could not be compared, to follow other words; empty for none.
+
+    Example:
+        >>> unknown_sources({"unknown": ["a", "b"]})
+        '; 2 sources could not be looked at'
+    """
+    count = len(overlap.get("unknown", ()))
+    return f"; {count} source{'' if count == 1 else 's'} could not be looked at" if count else ""

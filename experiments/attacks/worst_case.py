@@ -71,10 +71,13 @@ class WorstCase:
     """Attacks that broke the model's utility; not counted."""
     unmeasured: tuple[AttackedPoint, ...]
     """Attacks of which the utility is not known; counted."""
+    num_failed: int = 0
+    """Attacks of the suite that could not be made."""
 
     def __str__(self) -> str:
+        failed = [f"{self.num_failed} attacks failed and are not in it"] if self.num_failed else []
         if self.leading is None:
-            return f"every one of {len(self.below_floor)} attacked models lost its utility"
+            return "; ".join([f"every one of {len(self.below_floor)} attacked models lost its utility", *failed])
         notes = [
             f"{self.leading.rate.value:.1%} by {self.leading}, {self.low:.1%} to {self.high:.1%} for the maximum of "
             f"{self.num_points} rates at once",
@@ -84,7 +87,7 @@ class WorstCase:
             notes.append(f"{len(self.below_floor)} attacked models lost their utility and are not counted")
         if self.unmeasured and self.floor is not None:
             notes.append(f"of {len(self.unmeasured)} the utility is not known")
-        return "; ".join(notes)
+        return "; ".join([*notes, *failed])
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def worst_case(
     limits: Mapping[str, int] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    num_failed: int = 0,
 ) -> WorstCase:
     """Return the largest attack success over the suite.
 
@@ -127,6 +131,7 @@ def worst_case(
         limits: most that may be spent, by unit; points beyond are left out.
         resamples: draws of the bootstrap.
         seed: of the draws.
+        num_failed: attacks of the suite that could not be made, for the text.
 
     Raises:
         DataError: there is no point, or one does not say which requests were broken.
@@ -151,6 +156,7 @@ def worst_case(
         limits=limits,
         below_floor=below_floor,
         unmeasured=tuple(one for one, _ in counted if one.utility is None),
+        num_failed=num_failed,
     )
 
 
@@ -172,20 +178,21 @@ def paired_attacks(defended: Sequence[AttackOutcome], undefended: Sequence[Attac
     """Return how a defended model stands to its undefended twin, attack by attack.
 
     Compared are the attacks of one name in both, at each setting both have, with the largest budget both have, over the
-    requests both were asked. An attack with one setting on either side is compared whatever the settings are: they
-    were searched for on each model.
+    requests both were asked. Attacks of one name must have the same settings, unless they were searched for on each
+    model; an attack with one setting on either side is then compared whatever it is.
 
     Args:
         defended: attacks on the one model.
         undefended: on the other.
 
     Raises:
-        DataError: there is nothing to compare.
+        DataError: there is nothing to compare, or attacks of one name have other settings.
     """
     other = {outcome.name: outcome for outcome in undefended}
     rows = []
     for outcome in defended:
         if outcome.name in other:
+            _check_settings(outcome, other[outcome.name])
             found = [_paired(outcome, *pair) for pair in _pairs(outcome, other[outcome.name])]
             rows += [row for row in found if row is not None]
     if not rows:
@@ -194,6 +201,24 @@ def paired_attacks(defended: Sequence[AttackOutcome], undefended: Sequence[Attac
             "both with the same suite."
         )
     return [replace(row, p_holm=p) for row, p in zip(rows, holm([row.p_value for row in rows]), strict=True)]
+
+
+def _check_settings(first: AttackOutcome, second: AttackOutcome) -> None:
+    if first.attack != second.attack:
+        raise DataError(
+            f"Expected `{first.name}` to be the same attack on both models, but got `{first.attack}` and "
+            f"`{second.attack}`. Attack both with the same suite."
+        )
+    if "search" in first.settings or "search" in second.settings:
+        return
+    ours, theirs = (json.loads(json.dumps(dict(one.settings))) for one in (first, second))
+    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if differing:
+        texts = [f"{key} {ours.get(key)!r} and {theirs.get(key)!r}" for key in differing]
+        raise DataError(
+            f"Expected `{first.name}` to have the same settings on both models, but got {', '.join(texts)}. Attack "
+            "both with the same suite."
+        )
 
 
 def _within(outcome: AttackOutcome, limit: int | None) -> list[AttackPoint]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from experiments.page_marker import page_marker
 from experiments.report.cautions import find_cautions
 from experiments.report.cells import columns_of
 from experiments.report.collecting import CollectedRun, Collection
@@ -82,6 +83,7 @@ def build_report(collection: Collection, *, reference: str | None = None, show: 
     context = {
         **_head(collection, variants),
         **_assets(),
+        "marker": page_marker(show),
         "cells": [_cell_context(cell, drawn[cell.id], styles, replies) for cell in cells],
         "cautions": find_cautions(collection, entries, variants, replies),
         "effects": method_effects([variant for cell in cells for variant in cell.variants]),

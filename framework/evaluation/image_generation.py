@@ -6,6 +6,7 @@ drawn one at a time, so that a reply depends on (seed, prompt number) alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,12 +97,29 @@ def _generate(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
         digest = hashlib.blake2b(f"{seed}:{batch[0][0]}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "big"))
-        made: Any = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        with _plain_generation(model):
+            made: Any = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
     replies = {}
     for row, (number, _) in enumerate(batch):
         real = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
         replies[number] = ImageReply(real, list(_until_end(made[row, width:].tolist(), stops)))
     return replies
+
+
+@contextlib.contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model's own generation settings (beams, penalties) aside: transformers fills what is not set from them.
+
+    Replies are decoded as those to prompts without an image are.
+    """
+    from transformers import GenerationConfig
+
+    kept: Any = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def _inputs(model: PreTrainedModel, encoder: ChatEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from callbacks.guard import Guard
 from callbacks.kept_state import KeptState
 from framework.errors import TrainingError, WiringError
 from framework.guard_settings import GuardSettings
+from methods.gradient_ascent import GradientAscentConfig
 from tests.callbacks.guarded_fits import STEPS, DistanceProbe, fit, trained
 from tests.conftest import make_model
 from tests.tiny_runs import TokenTerm, make_lora
@@ -158,3 +159,64 @@ def test_a_strategy_that_cuts_the_weights_is_refused():
 def test_there_must_be_a_state_to_go_back_to():
     with pytest.raises(TrainingError, match="Expected a state to roll back to, but none was kept"):
         KeptState().restore(None, None)
+
+
+def test_a_run_whose_roll_backs_are_used_up_stops_with_the_last_good_state(plain):
+    settings = {"action": "roll_back", "after_roll_back": "go_on", "rate_factor": 1.0, "max_roll_backs": 1}
+    guard = make_guard(plain[2], after=1, **settings)
+    run, steps = fit(guard)
+    last = guard.decisions[-1]
+    assert (last["decision"], run.trainer.global_step < STEPS) == ("stop", True)
+    assert torch.equal(trained(run.module.model), steps.weights[guard.decisions[0]["step"]])
+    assert last["to_step"] == guard.decisions[0]["to_step"] == 1
+    assert guard.stopped.endswith("1 roll backs were made before; rolled back to step 1")
+
+
+def test_a_measurement_that_is_not_finite_is_recorded_as_none():
+    guard = Guard(GuardSettings(max_kl=1.0), DistanceProbe())
+    guard.history = {"kl_to_start": [(0, 0.0), (1, float("nan"))]}
+    assert guard.result()["history"] == {"kl_to_start": [[0, 0.0], [1, None]]}
+
+
+def test_a_largest_weight_that_the_method_does_not_take_is_refused():
+    class Share(TokenTerm):
+        def __init__(self, weight):
+            super().__init__(weight)
+            self.config = GradientAscentConfig(source="forget", weight=weight)
+
+    settings = {"action": "raise_weight", "method": "token_term", "min_refusal_margin": 0.0}
+    with pytest.raises(WiringError, match=r"`max_weight` to be a weight that `token_term` takes, but got 10: .*0 to 1"):
+        fit(Guard(GuardSettings(**settings), DistanceProbe()), methods=[Share(0.5)])
+    guard = Guard(GuardSettings(**settings, max_weight=1.0), DistanceProbe())
+    fit(guard, methods=[Share(0.5)])
+    assert guard.result()["weight"] <= 1.0
+
+
+def test_a_guard_that_watches_measures_nothing_behind_a_checkpoint_without_one(plain, tmp_path):
+    with pytest.raises(KeyError, match="cut"):
+        fit(None, folder=tmp_path, break_at=3)
+    said = []
+    guard = make_guard(plain[2], after=3, said=said, action="watch")
+    run, _ = fit(guard, folder=tmp_path, resume=True)
+    assert torch.equal(run.weights, plain[0].weights)
+    assert (guard.history, len(said)) == ({}, 1)
+    assert said[0].startswith("guard, step 2: nothing is measured, because")
+
+
+def test_a_guard_that_acts_does_not_go_on_without_its_measurements(plain, tmp_path):
+    with pytest.raises(KeyError, match="cut"):
+        fit(None, folder=tmp_path, break_at=3)
+    with pytest.raises(WiringError, match="a checkpoint that was written under this guard, but got one of step 2"):
+        fit(make_guard(plain[2], after=3), folder=tmp_path, resume=True)
+
+
+def test_a_guard_that_watches_drops_what_another_one_measured(plain, tmp_path):
+    with pytest.raises(KeyError, match="cut"):
+        fit(make_guard(plain[2], after=3, action="watch"), folder=tmp_path, break_at=3)
+    said = []
+    guard = make_guard(plain[2], after=3, said=said, action="watch", max_kl=9.0)
+    run, _ = fit(guard, folder=tmp_path, resume=True)
+    assert torch.equal(run.weights, plain[0].weights)
+    assert guard.history == {}
+    assert said[0] == "guard, what was measured before is dropped, because the settings ['max_kl'] were others"
+    assert "nothing is measured" in said[1]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from callbacks.guard_decisions import Decision, decide, next_weight, violations
+from framework.errors import TrainingError
 from framework.guard_settings import GuardSettings
 
 VALUES = {"refusal_margin": 0.2, "direction_cosine": 0.9, "direction_auroc": 1.0, "kl_to_start": 0.3}
@@ -51,3 +52,14 @@ def test_the_weight_follows_the_constraint_that_is_worst_off():
 
 def test_the_weight_stays_in_its_bounds():
     assert [next_weight(1.0, v, step=10.0, low=0.5, high=2.0) for v in (-1.0, 0.01, 1.0)] == [0.5, 1.1, 2.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_has_crossed_its_threshold(value):
+    values = {**VALUES, "refusal_margin": value}
+    assert made(values, min_refusal_margin=0.0) == Decision("stop", f"refusal_margin is {value}, not finite")
+    assert made(values, action="watch", min_refusal_margin=0.0).reason == f"refusal_margin is {value}, not finite"
+    settings = {"action": "raise_weight", "method": "x", "weight": 1.0, "low": 1.0}
+    with pytest.raises(TrainingError, match=r"every guarded value to be finite, but got: refusal_margin is"):
+        made(values, min_refusal_margin=0.0, **settings)
+    assert made(values, max_kl=0.5, **settings).kind == "hold"

@@ -130,7 +130,21 @@ def test_the_responder_answers_queries_in_order():
 
 
 def test_a_query_without_a_reply_is_an_error_not_a_reply():
-    with serving(lambda body, number: completion("")) as endpoint:
+    with serving(lambda body, number: completion("", reason="length")) as endpoint:
         responder = EndpointResponder(EndpointAddress(endpoint.url, "tiny"), EndpointSettings(**QUICK))
         with responder, pytest.raises(UnansweredError, match="prompt `q0` to hold text"):
             responder.replies(queries("one"), max_new_tokens=5, temperature=0.0, seed=0)
+
+
+def test_so_many_queries_as_are_allowed_stay_without_a_reply():
+    def answer(body, number):
+        return completion("", reason="length") if number == 1 else completion("hi")
+
+    settings = EndpointSettings(**{**QUICK, "concurrency": 1})
+    options = {"max_new_tokens": 5, "temperature": 0.0, "seed": 0}
+    with serving(answer) as endpoint, EndpointResponder(EndpointAddress(endpoint.url, "tiny"), settings) as responder:
+        found = responder.replies(queries("one", "two"), max_unanswered=1, **options)
+        assert [reply and reply.text for reply in found] == [None, "hi"]
+        endpoint.answer = lambda body, number: completion("", reason="length")
+        with pytest.raises(UnansweredError, match="to hold text"):
+            responder.replies(queries("one", "two"), max_unanswered=1, **options)

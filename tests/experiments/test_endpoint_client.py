@@ -55,6 +55,12 @@ def test_a_refusal_field_is_what_the_model_said():
         assert ask(endpoint).text == "I can't help with that."
 
 
+@pytest.mark.parametrize("text", ["", None, "\n"])
+def test_a_model_that_ends_its_reply_at_once_has_replied(text):
+    with serving(lambda body, number: completion(text)) as endpoint:
+        assert ask(endpoint) == Answer(text or "", 7, 11, finished=True)
+
+
 def test_a_busy_server_is_asked_again_and_its_wish_to_wait_kept():
     busy = Said({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"})
     with serving(lambda body, number: busy if number < 3 else completion("hi")) as endpoint:
@@ -74,12 +80,13 @@ def test_a_late_answer_is_asked_for_again():
         (Said({"error": {"message": "busy"}}, 503), {"retries": 2}, r"got status 503 \(busy\) after 3 requests"),
         (Said(b"", 429, {"Retry-After": "3600"}), {"retries": 2}, r"wish to wait 3600 s after 1 requests"),
         (Said(completion("x"), wait=0.5), {"retries": 0, "timeout": 0.1}, r"no answer within 0\.1 s after 1 requests"),
-        (Said(completion("")), {}, r"to hold text, but got none \(finish_reason 'stop'\)"),
+        (Said(completion("", reason="eos")), {}, r"to hold text, but got none \(finish_reason 'eos'\)"),
+        (Said(completion(None, tool_calls=[{"id": "a"}])), {}, r"to hold text, but got none"),
         (Said(completion(None, reason="length")), {}, r"spent its tokens on reasoning: raise evaluate\.max_new_tokens"),
         (Said(completion("half", reason="content_filter")), {}, "a filter cut off"),
         (Said({"error": {"code": "content_filter", "message": "blocked"}}, 400), {}, "A filter before the model"),
     ],
-    ids=["busy", "long-wait", "time-out", "empty", "empty-length", "filtered", "blocked"],
+    ids=["busy", "long-wait", "time-out", "empty", "tool", "empty-length", "filtered", "blocked"],
 )
 def test_a_prompt_without_a_reply_is_no_reply(said, settings, message):
     with serving(lambda body, number: said) as endpoint, pytest.raises(UnansweredError, match=message):

@@ -133,16 +133,37 @@ def test_an_interrupted_measurement_goes_on(place):
 
 
 def test_prompts_without_a_reply_are_counted_and_in_no_rate(place):
-    with serving(lambda body, number: completion("" if number == 1 else REFUSAL)) as endpoint:
+    with serving(
+        lambda body, number: completion("", reason="length") if number == 1 else completion(REFUSAL)
+    ) as endpoint:
         heard = []
         found, _ = measure(endpoint, place, "endpoint.max_unanswered=1", heard=heard)
-        endpoint.answer = lambda body, number: completion("")
+        endpoint.answer = lambda body, number: completion("", reason="length")
         with pytest.raises(SeawallError, match="to have at least one reply, but got none"):
             measure(endpoint, place, "endpoint.max_unanswered=9", "seed=1")
     assert found.metrics["num_unanswered"] == {"value": 1, "denominator": 4}
     assert found.metrics["refusal_rate"]["denominator"] == 3
     assert len(found.plain.cost["replies"]["unanswered"]) == 1
     assert "1 of 4 prompts have no reply and are in no rate" in heard
+
+
+def test_two_measurements_alike_keep_samples_of_their_own(place):
+    with serving(lambda body, number: completion(REFUSAL if number <= 4 else HELPFUL)) as endpoint:
+        found = [measure(endpoint, place)[0].plain for _ in range(2)]
+    assert found[0].samples != found[1].samples
+    assert [text in one.samples.read_text() for one in found for text in (REFUSAL, HELPFUL)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_an_empty_reply_is_a_degenerate_one(place):
+    with serving(lambda body, number: completion("")) as endpoint:
+        found, _ = measure(endpoint, place)
+    assert found.metrics["num_unanswered"] == {"value": 0, "denominator": 4}
+    assert found.metrics["attack_success"]["numerator"] == 0
 
 
 def test_replies_without_usage_are_said_to_be_uncounted(place):

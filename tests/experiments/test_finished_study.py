@@ -14,6 +14,7 @@ from experiments import compare, study_tables
 from experiments.compare import compare_study
 from experiments.execution import Execution
 from experiments.finished_study import finished_study
+from experiments.page_marker import page_marker
 from framework.errors import ConfigError
 from framework.study import StudyConfig, load_study_config, study_cells
 from tests.experiments.test_study_records import STUDY, measure, never
@@ -64,7 +65,8 @@ def test_the_stored_tables_are_those_that_would_be_computed(
 
 
 def test_the_command_imports_nothing_heavy_for_it(study: StudyConfig, folder: Path) -> None:
-    (folder / "kept" / "small" / "report.html").write_text("page", encoding="utf-8")
+    marked = f'<meta name="seawall-page" content="{page_marker("redacted")}">'
+    (folder / "kept" / "small" / "report.html").write_text(marked, encoding="utf-8")
     command = [sys.executable, "-c", SCRIPT.format(heavy=HEAVY), "compare", "small.yaml", "--results", "kept"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert json.loads(done.stderr.splitlines()[-1]) == [0, []], done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,14 +29,18 @@ def chained(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("guarded")
     store = ArtifactStore(folder / "store")
 
-    def chain(*overrides):
-        return StageChain(recipe(folder, tiny_folder, *ALONE, *overrides), store, QUIET).run()[-1]
+    def chain(*overrides, say=lambda text: None):
+        watch = replace(QUIET, say=say)
+        return StageChain(recipe(folder, tiny_folder, *ALONE, *overrides), store, watch).run()[-1]
+
+    said = []
 
     return {
         "plain": chain(),
         "stopped": chain(*STOP),
-        "watched": chain(*STOP, "trainer.guard.action=watch"),
-        "again": chain(*STOP),
+        "watched": chain(*STOP, "trainer.guard.action=watch", say=said.append),
+        "again": chain(*STOP, say=said.append),
+        "said": said,
     }
 
 
@@ -58,6 +64,11 @@ def test_the_guard_is_part_of_the_key_only_where_it_acts(chained):
     assert chained["stopped"].fingerprint != chained["plain"].fingerprint
     assert chained["again"].is_reused
     assert chained["again"].fingerprint == chained["stopped"].fingerprint
+
+
+def test_a_reused_stage_that_no_guard_measured_says_so(chained):
+    assert len(chained["said"]) == 1
+    assert chained["said"][0].startswith("stage finetune: it was trained without a guard and is reused")
 
 
 def test_the_key_holds_what_decides_the_outcome():

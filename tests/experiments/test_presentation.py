@@ -8,11 +8,13 @@ import pytest
 
 from experiments import presentation
 from experiments.benchmarks.simulated_runs import SimulatedVariant, simulate_study
+from experiments.page_marker import page_marker
 from experiments.presentation import present_run, present_study
 from framework.files import read_json
 from framework.schema import TrackingConfig
 
 OFF = TrackingConfig(wandb="off")
+MARKED = f'<meta name="seawall-page" content="{page_marker("redacted")}">'
 
 
 @pytest.fixture
@@ -34,6 +36,26 @@ def test_a_run_gets_a_page_once(run_folder: Path, monkeypatch: pytest.MonkeyPatc
     assert calls == [([run_folder],)]
 
 
+@pytest.mark.parametrize(
+    ("head", "is_kept"),
+    [
+        ("", False),  # of a version that wrote the replies to harmful requests into every page
+        ('<meta name="seawall-page" content="2 with-replies">', False),
+        ('<meta name="seawall-page" content="1 redacted">', False),
+        ('<meta name="seawall-page" content="2 redacted">', True),
+        ('<meta name="seawall-page" content="2 without-replies">', True),
+    ],
+)
+def test_only_a_page_that_says_it_is_redacted_is_current(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, head: str, is_kept: bool
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("experiments.report.write_report", lambda *args, **options: drawn.append(args))
+    (run_folder / "report.html").write_text(f"<!DOCTYPE html>\n<head>\n{head}\n</head>", encoding="utf-8")
+    present_run({**read_json(run_folder / "results.json"), "folder": str(run_folder)})
+    assert drawn == ([] if is_kept else [([run_folder],)])
+
+
 def test_a_run_that_measured_nothing_has_no_page(run_folder: Path) -> None:
     assert present_run({"folder": str(run_folder), "rows": []}) is None
 
@@ -49,7 +71,7 @@ def test_a_study_is_drawn_and_tracked_when_a_record_is_newer(tmp_path: Path, mon
 
     def write(paths: list[Path], *, title: str) -> None:
         seen.append(title)
-        (tmp_path / "report.html").write_text("page")
+        (tmp_path / "report.html").write_text(MARKED)
 
     monkeypatch.setattr("experiments.report.write_report", write)
     monkeypatch.setattr(presentation, "read_study", lambda folder: [{"cell": "a"}, {"cell": "removed"}])
@@ -77,7 +99,7 @@ def test_a_study_is_drawn_again_when_its_note_or_a_failure_is_newer(
     monkeypatch.setattr(presentation, "read_study", lambda folder: [])
     monkeypatch.setattr("experiments.study_tracking.track_study", lambda *args, **options: None)
     table = study_table(tmp_path)
-    (tmp_path / "report.html").write_text("page")
+    (tmp_path / "report.html").write_text(MARKED)
     (tmp_path / source).parent.mkdir(exist_ok=True)
     (tmp_path / source).write_text("{}")
     os.utime(tmp_path / source, (0, 0))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 
 import pytest
 import yaml
@@ -9,8 +10,8 @@ from rich.console import Console
 from experiments.run import run_recipe
 from experiments.run_folder import config_differences, only_process, take_folder
 from framework.config import load_run_config
-from framework.errors import ConfigError, DataError
-from framework.files import write_json
+from framework.errors import DataError, HeldError
+from framework.files import read_json, write_json
 from tests.conftest import make_model, make_tokenizer
 
 
@@ -87,12 +88,31 @@ def test_a_second_command_on_a_run_is_refused(tmp_path, monkeypatch):
     try:
         assert ready.wait(60)
         said = f"Expected the run in `.*one` to be worked on by one command, .* beside process {other.pid} on"
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(HeldError, match=said):
             run_recipe(config, console=Console(quiet=True))
     finally:
         done.set()
         other.join()
     assert not (tmp_path / "runs" / "one" / "config.yaml").exists()
+
+
+def test_who_waits_gets_the_folder_when_the_other_command_has_ended(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    said = []
+
+    def wait(text):
+        said.append(text)
+        done.set()
+
+    with only_process(tmp_path, "run", wait=wait):
+        assert read_json(tmp_path / "owner.json")["process"] == os.getpid()
+    other.join()
+    assert len(said) == 1
+    assert said[0].startswith(f"waiting for process {other.pid} on ")
 
 
 def test_results_without_a_config_are_moved(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import compare
 from experiments.compare import Execution, compare_study, plan_study
+from experiments.fingerprints import FILLED_BY_RUNS, embedded_hash, versions, without_later
 from experiments.run_folder import only_process
 from experiments.study_records import (
     STATE_FILE,
@@ -19,13 +20,16 @@ from experiments.study_records import (
     finished_record,
     portable_results,
     read_study,
+    run_key,
     study_runs,
 )
 from experiments.study_worker import read_cell, run_cell, write_cell
 from framework.config import RunConfig
 from framework.errors import ConfigError, DataError, TrainingError
-from framework.files import read_json, write_json
+from framework.files import fingerprint, read_json, to_plain, write_json
+from framework.registry import known_methods
 from framework.study import StudyCell, StudyConfig, load_study_config, study_cells
+from tests.conftest import make_model, make_tokenizer
 from tests.experiments.measured import results, run_folder
 
 STUDY = """
@@ -131,6 +135,93 @@ def test_a_second_command_on_a_study_is_refused(study: StudyConfig, kept: Path) 
         done.set()
         other.join()
     assert len(compare_study(study, results_root=kept.parent)["runs"]) == 6
+
+
+def test_a_run_of_a_study_waits_for_another_command_on_its_folder(study: StudyConfig, tmp_path: Path) -> None:
+    given: list[Any] = []
+
+    def note(config: RunConfig, **options: Any) -> dict[str, Any]:
+        given.append(options["waits"])
+        return measure(config, **options)
+
+    assert run_cell(study_cells(study)[0], tmp_path, runner=note)["status"] == "finished"
+    assert given == [True]
+
+
+def with_config(cell: StudyCell, **changes: Any) -> StudyCell:
+    return dataclasses.replace(cell, config=dataclasses.replace(cell.config, **changes))
+
+
+def with_methods(cell: StudyCell, methods: dict[str, Any]) -> StudyCell:
+    finetune = dataclasses.replace(cell.config.stages.finetune, methods=methods)
+    return with_config(cell, stages=dataclasses.replace(cell.config.stages, finetune=finetune))
+
+
+def test_without_files_of_ones_own_a_run_has_the_key_it_always_had(
+    study: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEAWALL_DATA", raising=False)
+    for cell in study_cells(study):
+        config = to_plain(cell.config)
+        kept = {k: v for k, v in config.items() if k not in ("output", "tracking", "name", "trainer")}
+        kept["evaluate"] = without_later(kept["evaluate"])
+        trainer = {k: v for k, v in config["trainer"].items() if k not in ("threads", "guard")}
+        decided = {"files": {}, "embedded": embedded_hash(), "versions": versions()}
+        assert run_key(cell) == fingerprint({"format": 2, "config": kept, "trainer": trainer, **decided})
+
+
+def test_a_file_that_a_method_names_and_one_below_the_data_sets_decide(
+    study: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEAWALL_DATA", str(tmp_path / "data"))
+    own, named = tmp_path / "own.jsonl", tmp_path / "data" / "mine" / "rows.jsonl"
+    named.parent.mkdir(parents=True)
+    cell = study_cells(study)[1]
+    chosen = [with_methods(cell, {"smh": {"harmful": name}}) for name in (str(own), "mine/rows.jsonl")]
+    for changed, path in zip(chosen, (own, named), strict=True):
+        keys = []
+        for text in ("one", "two"):
+            path.write_text(text, encoding="utf-8")
+            keys.append(run_key(changed))
+        assert keys[0] != keys[1]
+
+
+def test_what_a_run_writes_itself_does_not_decide(study: StudyConfig, tmp_path: Path) -> None:
+    undecisive = {
+        (name, field)
+        for name, entry in known_methods().items()
+        for field in getattr(entry.config_class, "UNDECISIVE", ())
+    }
+    assert undecisive == FILLED_BY_RUNS
+    cell = with_methods(study_cells(study)[1], {"smh": {"store": str(tmp_path / "store")}})
+    before = run_key(cell)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "rollouts.jsonl").write_text("one", encoding="utf-8")
+    assert run_key(cell) == before
+
+
+def test_a_model_in_a_folder_or_a_file_decides_by_its_content(
+    study: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEAWALL_CACHE", str(tmp_path / "cache"))
+    folder, file, cell = tmp_path / "tiny", tmp_path / "tiny.gguf", study_cells(study)[0]
+    of_folder, of_file = [
+        with_config(cell, model=dataclasses.replace(cell.config.model, name=str(name))) for name in (folder, file)
+    ]
+    file.write_bytes(b"one")
+    keys = [run_key(of_folder), run_key(of_file)]
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    file.write_bytes(b"other")
+    keys += [run_key(of_folder), run_key(of_file)]
+    make_model(seed=1).save_pretrained(folder)
+    keys.append(run_key(of_folder))
+    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    keys.append(run_key(of_folder))
+    (folder / "model.safetensors").unlink()
+    keys.append(run_key(of_folder))
+    assert len(set(keys)) == len(keys)
+    assert run_key(of_folder) == keys[-1]
 
 
 def damage(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import multiprocessing
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +15,15 @@ import optuna
 import pytest
 
 from callbacks.telemetry import RefusalMarginProbe
+from experiments import run as run_module
 from experiments import sweep as sweep_module
 from experiments.agent_arguments import agent_settings
 from experiments.cli import build_parser, main
+from experiments.run_folder import only_process
 from experiments.sweep import PruneByMargin, SweepOptions, check_sweep, goal_values, run_sweep, trial_config
 from experiments.sweep_files import SweepFile, SweepGoal, agent_lines, grid_points, load_sweep
 from experiments.sweep_space import read_parameters
-from experiments.sweep_store import CANCELLED, RETRY, WORKER, counted_trials
+from experiments.sweep_store import CANCELLED, RETRY, WORKER, counted_trials, requeue_lost
 from framework.errors import ConfigError, TrainingError
 from framework.registry import validate_methods
 
@@ -104,6 +109,72 @@ def test_an_interrupted_sweep_draws_what_an_undisturbed_one_draws(tmp_path: Path
     start(tmp_path / "b", sweep, trials=2, sampler="random")
     parts = start(tmp_path / "b", sweep, trials=4, sampler="random")
     assert [t["values"] for t in parts["methods"][0]["trials"]] == [t["values"] for t in whole["methods"][0]["trials"]]
+
+
+def test_a_lost_trial_moves_no_later_draw(tmp_path: Path, runs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(write(tmp_path), goals=[])
+    whole = start(tmp_path / "a", sweep, trials=4, sampler="random")["methods"][0]["trials"]
+    execute, deaths = sweep_module._execute, []
+
+    def die(trial: Any, *given: Any) -> list[float]:
+        if trial.number == 1 and not deaths:
+            deaths.append(trial.number)
+            trial.set_user_attr(WORKER, [platform.node(), 2**22 + 1])  # of a process that is gone
+            raise KeyboardInterrupt
+        return execute(trial, *given)
+
+    monkeypatch.setattr(sweep_module, "_execute", die)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "b", sweep, trials=4, sampler="random")
+    parts = start(tmp_path / "b", sweep, trials=4, sampler="random")["methods"][0]["trials"]
+    assert [trial["state"] for trial in parts] == ["complete", "fail", "complete", "complete", "complete"]
+    done = [trial["values"] for trial in parts if trial["state"] == "complete"]
+    assert done == [trial["values"] for trial in whole]
+
+
+def test_a_trial_that_died_being_cancelled_is_not_run_again(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'trials.db'}")
+    trial = study.ask()
+    trial.set_user_attr(WORKER, [platform.node(), 2**22 + 1])
+    trial.set_user_attr(CANCELLED, True)
+    requeue_lost(study)
+    assert [one.state.name for one in study.trials] == ["FAIL"]
+
+
+def hold(folder: Path, ready: Any, done: Any) -> None:
+    with only_process(folder, "run"):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_trial_waits_for_another_worker_that_drew_the_same_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    entered: list[bool] = []
+
+    class Chain:  # what comes after the lock
+        def __init__(self, *given: Any) -> None:
+            entered.append(done.is_set())
+            raise TrainingError("the loss is not a number")
+
+    monkeypatch.setattr(run_module, "StageChain", Chain)
+    monkeypatch.setattr(run_module, "check_evaluation", lambda *given: None)
+    console = SimpleNamespace(print=lambda text, **options: done.set())
+    monkeypatch.setattr(run_module, "Steps", lambda console: contextlib.nullcontext(SimpleNamespace(task=None)))
+    monkeypatch.setattr(run_module, "_watch", lambda *given: None)
+    sweep, options = load_sweep(write(tmp_path, GRID)), SweepOptions(trials=1)
+    point = sweep_module._shuffled(grid_points(sweep.of_method("asft")), options.seed)[0]
+    config = trial_config(sweep, options, "asft", point)
+    other = context.Process(target=hold, args=(Path(config.output) / config.name, ready, done))
+    other.start()
+    assert ready.wait(60)
+    found = run_sweep(sweep, options, budgets={"asft": 1}, folder=tmp_path / "out", console=console)  # type: ignore[arg-type]
+    other.join()
+    assert entered == [True]
+    assert found["methods"][0]["trials"][0]["error"] == "the loss is not a number"
 
 
 def test_trials_of_another_sweep_are_not_counted(tmp_path: Path, runs: list[Any]) -> None:

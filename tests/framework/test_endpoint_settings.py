@@ -44,6 +44,49 @@ def test_all_problems_of_the_settings_are_told_and_no_key():
     assert "sk-abc123" not in " ".join(problems)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"api-key": 1},
+        {"apiKey": 1},
+        {"headers": {"a": 1}},
+        {"options": [{"x-auth": "abc"}]},
+        {"options": {"hf_token": "abc"}},
+        {"Authorization": "abc"},
+        {"options": {"deep": {"password": "abc"}}},
+    ],
+)
+def test_secret_names_are_refused_at_any_depth(extra):
+    problems = EndpointSettings(extra=extra).problems()
+    assert len(problems) == 1
+    assert "Expected `endpoint.extra` to hold nothing secret, but got the field" in problems[0]
+    assert "abc" not in problems[0]
+
+
+def test_names_of_ordinary_fields_pass():
+    extra = {
+        "min_tokens": 1,
+        "stop_token_ids": [1],
+        "skip_special_tokens": True,
+        "return_tokens_as_token_ids": True,
+        "chat_template_kwargs": {"eos_token": "</s>", "author": "me", "max_tokens": 3},
+        "continue_final_message": True,
+        "tool_choice": "none",
+    }
+    assert EndpointSettings(extra=extra).problems() == []
+
+
+@pytest.mark.parametrize("extra", [{"user": "abc-secret-123"}, {"options": [{"abc-secret-123": 1}, "x"]}])
+def test_the_key_itself_is_refused_unrepeated(extra, monkeypatch):
+    monkeypatch.setenv("TEST_ENDPOINT_KEY", "abc-secret-123")
+    problems = EndpointSettings(key_variable="TEST_ENDPOINT_KEY", extra=extra).problems()
+    assert any("but got the API key itself" in problem for problem in problems)
+    assert "abc-secret-123" not in " ".join(problems)
+    monkeypatch.setenv("TEST_ENDPOINT_KEY", "none")
+    placeholder = EndpointSettings(key_variable="TEST_ENDPOINT_KEY", extra={"tool_choice": "none"})
+    assert placeholder.problems() == []
+
+
 @pytest.mark.parametrize("values", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"temperature": -0.1}])
 def test_a_setting_out_of_range_is_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):

@@ -11,6 +11,7 @@ from framework.layer_states import check_layers, layer_states, numbered_layers, 
 from framework.module import FineTuneModule
 from tests.conftest import make_model
 from tests.tiny_runs import make_batch, make_lora
+from tests.tiny_vision import make_image_text_model
 
 
 def test_states_are_those_of_the_layers_called_one_by_one():
@@ -62,3 +63,10 @@ def test_layers_outside_the_model_are_refused():
     with pytest.raises(WiringError, match=r"Expected `layers` to be from 0 to 1, but got 2\."):
         check_layers((0, 2), depth=2, name="layers")
     assert [scaled_layer(1.0, depth) for depth in (1, 2)] == [0, 1]
+
+
+def test_layers_of_a_vision_tower_do_not_count():
+    model = make_image_text_model()
+    assert numbered_layers(model, method="m") == list(model.model.language_model.layers)
+    adapted = make_lora(model)
+    assert numbered_layers(adapted, method="m") == list(model.model.language_model.layers)

@@ -14,7 +14,7 @@ from framework.adapters import AdapterSpec, add_adapter
 from framework.errors import ModelError, WiringError
 from framework.model_files import is_image_text_folder, read_model, read_processor, read_tokenizer, save_model
 from framework.models import ModelSpec, load_model
-from framework.text_tower import names_outside_text, text_tower
+from framework.text_tower import names_outside_text, text_prefix, text_tower
 from framework.weight_files import WeightFiles
 from methods.nest.sites import find_projections
 from tests.conftest import make_model, make_tokenizer
@@ -42,6 +42,7 @@ def make_smolvlm() -> SmolVLMForConditionalGeneration:
 
 def test_the_tower_of_a_language_model_is_all_of_it(tiny_model):
     assert text_tower(tiny_model) is tiny_model
+    assert text_prefix(tiny_model) == ""
     assert names_outside_text(tiny_model) == []
 
 
@@ -60,6 +61,7 @@ def test_neurons_and_adapters_lie_in_the_text_tower_alone(make, prefix):
     assert len(pairs) == 8
     assert all(prefix in name for name in pairs)
     assert list(find_projections(adapted)) == names
+    assert text_prefix(model) == text_prefix(adapted) == prefix
 
 
 def test_a_model_that_hides_its_decoder_is_refused():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from datamodules.finetune import FineTuneDataModule
 from experiments.contract.tiny import task_examples
 from framework.chat import ChatEncoder
 from framework.composition import prepare_methods
-from framework.errors import ConfigError, WiringError
+from framework.errors import ConfigError, DataError, WiringError
+from framework.examples import Example, Turn
 from framework.files import ArtifactStore
 from framework.method import MethodStore
-from methods.booster import Booster, BoosterConfig, moved, rows_of_step
+from methods.booster import Booster, BoosterConfig, moved, rows_of_step, shortened
 from tests.conftest import make_model, make_tokenizer
 from tests.tiny_runs import make_lora, relative, run_fit
 
@@ -112,3 +114,40 @@ def test_all_problems_of_the_settings_are_listed():
         BoosterConfig(weight=-1, alpha=0, harmful="", source=3, base=4, batch_size=0)
     assert len(caught.value.problems) == 6
     assert "Expected `alpha` to be a number > 0, but got 0." in caught.value.problems
+
+
+def test_a_harmful_row_that_is_too_long_follows_the_overflow_of_the_stage(pairs, store):
+    data = make_data()
+    lengths = sorted(len(data.encoder.encode_example(p).input_ids) for p in data.find_examples("harmful", pairs))
+    data.max_length = lengths[2]
+    with pytest.raises(DataError, match=f"to have at most {lengths[2]} tokens, but got {lengths[3]} in row"):
+        Booster(BoosterConfig(harmful=pairs)).prepare(make_model(), data, store)
+    for overflow, rows in (("drop", 3), ("truncate_left", 5)):
+        data.overflow = overflow
+        method = Booster(BoosterConfig(harmful=pairs))
+        method.prepare(make_model(), data, store)
+        assert method.effects["harmful_rows"] == rows
+
+
+def test_a_sampled_reply_that_is_too_long_is_cut_from_the_right(store, monkeypatch):
+    data = make_data()
+    pair = Example("a", (Turn("user", "do harm"),), "Sure: " + "go on. " * 30, kind="harmful")
+    monkeypatch.setattr("methods.booster.sampled_harmful", lambda *args, **options: [pair])
+    method = Booster(BoosterConfig())
+    method.prepare(make_model(), data, store)
+    prompt, (row,) = data.encoder.encode_prompt(pair.messages), method._rows
+    assert list(row.input_ids[: len(prompt)]) == prompt
+    assert (row.num_truncated, row.num_prompt_tokens, len(row.input_ids)) == (0, len(prompt), data.max_length)
+    reply = data.encoder.encode_reply(pair.reply)
+    assert list(row.input_ids[len(prompt) :]) == reply[: data.max_length - len(prompt)]
+
+
+def test_what_fits_and_what_leaves_no_room_is_not_shortened():
+    encoder = ChatEncoder(make_tokenizer())
+    pair = Example("a", (Turn("user", "do harm"),), "Sure.", kind="harmful")
+    whole = len(encoder.encode_example(pair).input_ids)
+    assert shortened(pair, encoder, max_length=whole) is pair
+    assert shortened(pair, encoder, max_length=3) is pair
+    assert shortened(pair, encoder, max_length=whole - 1) == replace(
+        pair, is_complete=False
+    )  # the end token goes first

@@ -14,7 +14,7 @@ from framework.errors import ConfigError, DataError, WiringError
 from framework.examples import Example, Turn
 from framework.files import ArtifactStore
 from framework.method import MethodStore
-from methods.deep_alignment import DeepAlignment, DeepAlignmentConfig, first_tokens, match_triplets
+from methods.deep_alignment import DeepAlignment, DeepAlignmentConfig, first_tokens, match_triplets, sampled_harmful
 from tests.conftest import make_model, make_tokenizer
 from tests.tiny_runs import make_lora, run_fit
 
@@ -150,3 +150,12 @@ def test_the_rows_keep_every_bound(tmp_path):
 def test_rows_with_another_share_are_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(derivation, "TRIPLETS", [t._replace(harmful=t.harmful[:20]) for t in derivation.TRIPLETS])
     assert [row.deviation <= row.bound for row in derivation.deviations(tmp_path)] == [True, True, False]
+
+
+def test_a_sampled_reply_that_was_cut_off_is_not_complete(store, monkeypatch):
+    encoder = make_data().encoder
+    stop, ids = encoder.stop_ids[0], encoder.encode_reply("Sure", is_complete=False)
+    monkeypatch.setattr("methods.deep_alignment.generate_ids", lambda *args, **options: [[*ids, stop], ids])
+    refusals = [Example(str(i), (Turn("user", f"q{i}"),), "No.") for i in range(2)]
+    found = sampled_harmful(refusals, encoder, store, base=store.models["base"], tokens=9)
+    assert [(pair.reply, pair.is_complete) for pair in found] == [("Sure", True), ("Sure", False)]

@@ -11,6 +11,7 @@ from methods.rmu import RMU, RMUConfig, control_direction, kept_names, state_dis
 from tests.conftest import make_model
 from tests.methods.unlearning_runs import make_data, make_store, trained, write_pairs
 from tests.tiny_runs import make_batch
+from tests.tiny_vision import make_image_text_model
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,15 @@ def test_loss_and_gradient_are_those_derived_again(tmp_path, monkeypatch):
     # The method keeps its own strength.
     monkeypatch.setattr(derivation, "RMUConfig", lambda **given: RMUConfig(**given | {"alpha": 4.0}))
     assert all(row.deviation > row.bound for row in islice(derivation.deviations(tmp_path / "wrong"), 2))
+
+
+def test_layers_of_a_vision_tower_are_not_trained(tmp_path):
+    model, store = make_image_text_model(), make_store(tmp_path)
+    forget = write_pairs(tmp_path / "forget.jsonl", 4)
+    method = RMU(RMUConfig(source=forget, layer=1, train_layers=[1], alpha=0.0))
+    method.prepare(model, make_data(), store)
+    kept = method.select_parameters(frozenset(name for name, _ in model.named_parameters()))
+    assert kept
+    assert all(name.startswith("model.language_model.layers.1.") for name in kept)
+    with pytest.raises(WiringError, match="Expected `layer` to be from 0 to 1, but got 3"):
+        RMU(RMUConfig(source=forget, layer=3)).prepare(model, make_data(), store)

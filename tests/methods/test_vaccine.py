@@ -12,6 +12,7 @@ from framework.module import FineTuneModule
 from methods.vaccine import Vaccine, VaccineConfig, attention_blocks, scaled_shifts, square_norm
 from tests.conftest import make_model, make_tokenizer
 from tests.tiny_runs import TinyData, make_lora, relative, run_fit
+from tests.tiny_vision import make_image_text_model
 
 
 def train(*, micro_batch_size=4, rho=2.0, data=None, model=None, **options):
@@ -90,3 +91,8 @@ def test_a_norm_of_zero_did_nothing():
 def test_a_norm_that_is_none_is_refused(rho):
     with pytest.raises(ConfigError, match="Expected `rho` to be a number >= 0, but got"):
         VaccineConfig(rho=rho)
+
+
+def test_attention_blocks_of_a_vision_tower_do_not_count():
+    model = make_image_text_model()
+    assert attention_blocks(model) == [layer.self_attn for layer in model.model.language_model.layers]

@@ -46,6 +46,8 @@ class HarmfulFineTuning(FineTuningAttack):
         return missing_rows(target, self.config.harmful, attack=self.name)
 
     def rows(self, target: ModelTarget, count: int) -> Rows:
-        """Return harmful rows; a smaller number of them is a part of a larger one."""
+        """Return harmful rows, none of them measured; a smaller number of them is a part of a larger one."""
         found = harmful_rows(target, self.config.harmful, count=max(self.config.examples))
-        return Rows(first_rows(found, count, seed=target.seed, name="harmful"))
+        left_out = found.num_left_out
+        chosen = first_rows(found.kept, count, seed=target.seed, name="harmful", num_left_out=left_out)
+        return Rows(chosen, num_left_out=left_out)

@@ -66,8 +66,10 @@ class Relearning(FineTuningAttack):
         """Return rows of the first half to train on, and rows of the second."""
         wanted = max(REQUESTS, 2 * max(self.config.examples))
         found = harmful_rows(target, self.config.forget, count=wanted)
-        shown, held_out = halves(found, seed=target.seed)
-        return Rows(first_rows(shown, count, seed=target.seed, name="shown forget"), held_out[:HELD_OUT])
+        shown, held_out = halves(found.kept, seed=target.seed)
+        left_out = found.num_left_out
+        chosen = first_rows(shown, count, seed=target.seed, name="shown forget", num_left_out=left_out)
+        return Rows(chosen, held_out[:HELD_OUT], num_left_out=left_out)
 
 
 def halves(rows: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:

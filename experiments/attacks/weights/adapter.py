@@ -26,18 +26,32 @@ from typing import Any, Literal
 import torch
 
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget, register_attack
-from experiments.attacks.model_folders import Stopwatch, list_problems, load_exact, passing_folder, save_exact
+from experiments.attacks.model_folders import (
+    Stopwatch,
+    list_problems,
+    load_exact,
+    nothing_changed,
+    passing_folder,
+    save_exact,
+)
 from framework.errors import ConfigError, ModelError
 from framework.fields import Rule, check_instance, setting
 from framework.files import read_json
 from framework.models import LoadedModel, merge_adapter
 from framework.weight_edits import scale_pairs
+from framework.weight_files import StoredWeight, WeightFiles
 
 __all__ = ["AdapterTampering", "AdapterTamperingConfig"]
 
 Operation = Literal["dropped", "scaled", "swapped", "joined", "merged"]
 FACTOR = Rule("a number from -2 to 2", lambda value: -2 <= value <= 2)
 WITH_OTHER = ("swapped", "joined")
+FORMATS = (torch.bfloat16, torch.float16)
+"""In which the model before may have been loaded, or the target written."""
+LEAST_ALIKE = 0.999
+"""Share of the numbers of a tensor that must be what model and adapter make together."""
+FINEST = 1e-5
+"""Relative spacing of float32 numbers that were computed in another order."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +114,15 @@ class AdapterTampering(ModelAttack):
 
         Raises:
             ConfigError: the adapter is not apart.
-            ModelError: a folder holds no LoRA adapter that fits the model.
+            ModelError: a folder holds no LoRA adapter that fits the model, or model and adapter do not make the target.
+            WiringError: the target has the weights of the model before its adapter.
         """
         if target.adapter is None or target.before_adapter is None:
             raise ConfigError(str(self.missing(target)))
         plans = self._plans(target.adapter)
         for adapter in {path for _, parts, _ in plans for path, _ in parts}:
             check_adapter(adapter)
+        check_target(target, target.before_adapter, target.adapter)
         for number, (setting_, parts, dtype) in enumerate(plans):
             if not parts:
                 yield AttackedModel(target.before_adapter, 0, setting_)
@@ -151,6 +167,59 @@ def check_adapter(folder: Path) -> None:
     kind = read_json(path).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"Expected `{folder}` to hold a LoRA adapter, but got {kind!r}. Name a LoRA adapter.")
+
+
+@torch.no_grad()
+def check_target(target: ModelTarget, before: Path, adapter: Path) -> None:
+    """Refuse a model and an adapter that do not make the target: what is attacked would be another model.
+
+    Args:
+        target: to be made.
+        before: folder of the model without the adapter.
+        adapter: folder of the LoRA adapter.
+
+    Raises:
+        ModelError: names the first tensor that is not their sum, as far as the numbers are stored.
+        WiringError: the target has the weights of the model before, so that the adapter is not in it.
+    """
+    whole: Any = with_adapters(load_exact(before), [(adapter, 1.0)]).model
+    ours, theirs = WeightFiles(target.folder), WeightFiles(before)
+    is_moved = False
+    for name, parameter in whole.named_parameters():
+        stored, plain = ours.read(name), theirs.read(name).tensor
+        is_alike = stored.tensor.shape == parameter.shape and is_sum(stored, plain, parameter.detach() - plain)
+        if not is_alike:
+            raise ModelError(
+                f"Expected `target.before_adapter` with `target.adapter` to make the target, but got other numbers in "
+                f"`{name}`. Name the adapter and the model that `{target.folder}` was merged of."
+            )
+        is_moved = is_moved or not torch.equal(stored.tensor, plain)
+    if not is_moved:
+        raise nothing_changed(
+            "adapter",
+            "the target has the weights of `target.before_adapter`",
+            "Name the model that holds the adapter, written in a format that keeps its update.",
+        )
+
+
+def is_sum(stored: StoredWeight, plain: torch.Tensor, update: torch.Tensor) -> bool:
+    """Return whether a weight is the plain one and an update, within the rounding of what was stored and loaded.
+
+    Args:
+        stored: of the target.
+        plain: before the update, float32, the same shape.
+        update: float32, the same shape.
+    """
+    whole = stored.tensor
+    coarser = [torch.finfo(dtype).eps for dtype in FORMATS if torch.equal(whole.to(dtype).float(), whole)]
+    spacing = max([stored.spacing, FINEST, *coarser])
+    least = torch.finfo(torch.bfloat16).eps * float(update.square().mean().sqrt())
+    for dtype in (torch.float32, *FORMATS):
+        rounded = plain.to(dtype).float()
+        room = spacing * (whole.abs() + rounded.abs()) + least
+        if float(((whole - rounded - update).abs() <= room).double().mean()) >= LEAST_ALIKE:
+            return True
+    return False
 
 
 def with_adapters(loaded: LoadedModel, parts: Sequence[tuple[Path, float]]) -> LoadedModel:

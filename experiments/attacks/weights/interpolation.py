@@ -24,7 +24,14 @@ from pathlib import Path
 import torch
 
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget, register_attack
-from experiments.attacks.model_folders import Stopwatch, list_problems, missing_base, passing_folder, write_edited
+from experiments.attacks.model_folders import (
+    Stopwatch,
+    list_problems,
+    missing_base,
+    nothing_changed,
+    passing_folder,
+    write_edited,
+)
 from framework.errors import ConfigError, WiringError
 from framework.fields import SHARE, check_instance, setting
 from framework.weight_files import WeightFiles, check_same_tokenizer
@@ -73,7 +80,7 @@ class Interpolation(ModelAttack):
 
         Raises:
             ConfigError: the target comes without its unaligned model.
-            WiringError: the two models have other tokens or shapes.
+            WiringError: the two models have other tokens or shapes, or the same weights.
         """
         if target.base is None:
             raise ConfigError(str(self.missing(target)))
@@ -97,4 +104,10 @@ class Interpolation(ModelAttack):
 
             with passing_folder(folder / f"factor-{factor:g}") as place:
                 changed = write_edited(target, place, change)
+                if not changed:
+                    raise nothing_changed(
+                        f"{self.name} {factor:g}",
+                        "every tensor of the target equals the unaligned model's or is too near to move",
+                        "Check that `target.base` is the model before alignment, and raise the factor.",
+                    )
                 yield AttackedModel(place, 0, setting_, {"tensors_changed": changed}, {"seconds": watch.lap()})

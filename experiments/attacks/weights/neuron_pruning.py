@@ -34,11 +34,19 @@ import torch
 from torch import nn
 
 from datamodules.catalog import find_examples
+from experiments.attacks.harmful_rows import leave_out_measured
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget, register_attack
-from experiments.attacks.model_folders import Stopwatch, list_problems, load_exact, passing_folder, save_exact
+from experiments.attacks.model_folders import (
+    Stopwatch,
+    list_problems,
+    load_exact,
+    nothing_changed,
+    passing_folder,
+    save_exact,
+)
 from experiments.attacks.residual_stream import WRITERS, find_layers
 from framework.chat import ChatEncoder
-from framework.errors import ConfigError, WiringError
+from framework.errors import ConfigError, DataError, WiringError
 from framework.fields import COUNT, NOT_EMPTY, Rule, check_instance, setting
 from framework.models import LoadedModel, choose_device
 from framework.parameters import clean_name
@@ -103,11 +111,12 @@ class NeuronPruning(ModelAttack):
 
         Raises:
             DataError: there are too few prompts.
-            WiringError: the model has fewer layers than asked for, no known MLPs, or no row that speaks for harm.
+            WiringError: the model has fewer layers than asked for, no known MLPs, no row that speaks for harm, or
+                nothing but zeros in the chosen rows.
         """
         watch = Stopwatch()
         loaded = load_exact(target.folder)
-        sites, scores = self._score(loaded, target)
+        sites, scores, num_left_out = self._score(loaded, target)
         del loaded
         for share in self.config.shares:
             chosen = highest_rows(scores, share=share)
@@ -121,13 +130,23 @@ class NeuronPruning(ModelAttack):
                 with passing_folder(folder / f"{kind}-{share:g}") as place:
                     loaded = load_exact(target.folder)
                     number = zero_rows(loaded.model, sites, rows)
+                    if not number:
+                        raise nothing_changed(
+                            f"{self.name} {kind} {share:g}",
+                            "every chosen row was zero before",
+                            "Check whether the target was pruned before, or raise `shares`.",
+                        )
                     save_exact(loaded, place)
                     del loaded
                     facts = {"rows": number, "rows_by_layer": _by_layer(sites, rows)}
+                    facts |= {"measured_rows_left_out": num_left_out} if target.requests else {}
                     yield AttackedModel(place, 0, {"share": share, "neurons": kind}, facts, {"seconds": watch.lap()})
 
-    def _score(self, loaded: LoadedModel, target: ModelTarget) -> tuple[list[Site], dict[str, torch.Tensor]]:
-        """Return the sites and the score of every row, higher for harm; minus infinity where nothing speaks for it."""
+    def _score(self, loaded: LoadedModel, target: ModelTarget) -> tuple[list[Site], dict[str, torch.Tensor], int]:
+        """Return the sites, the score of every row, and how many prompts were left out because they are measured.
+
+        The score is higher for harm, and minus infinity where nothing speaks for it.
+        """
         model: Any = loaded.model.to(choose_device(target.accelerator))  # type: ignore[arg-type]
         count = len(find_layers(model))
         if self.config.layers is not None and self.config.layers > count:
@@ -137,10 +156,15 @@ class NeuronPruning(ModelAttack):
             )
         encoder = ChatEncoder(loaded.tokenizer, system=target.system)
         given = NeSTConfig(count=self.config.count, seed=target.seed)
-        rows = (
-            find_examples("safety", self.config.harmful, seed=0),
-            find_examples("benign", self.config.harmless, seed=0),
+        apart = leave_out_measured(
+            target, find_examples("safety", self.config.harmful, seed=0), text=lambda row: row.prompt
         )
+        if not apart.kept:
+            raise DataError(
+                f"Expected `harmful` to hold requests that are not measured, but got {apart.num_left_out} that are. "
+                "Name other requests."
+            )
+        rows = apart.kept, find_examples("benign", self.config.harmless, seed=0)
         harmful, ordinary = ([encoder.encode_prompt(row.messages) for row in one] for one in rows)
         prompts = build_prompts(harmful, ordinary, given)
         projections = find_projections(model)
@@ -150,10 +174,12 @@ class NeuronPruning(ModelAttack):
         features = pooled_activations(model, used, prompts.ids, pad_id=pad_id)
         if self.config.score == "probe":
             found = score_sites(features, sites, prompts, given)
-            return sites, {
+            scores = {
                 key: one.z if one.is_convincing else torch.full_like(one.z, -torch.inf) for key, one in found.items()
             }
-        return sites, weighted_differences(model, features, sites, prompts, used)
+        else:
+            scores = weighted_differences(model, features, sites, prompts, used)
+        return sites, scores, apart.num_left_out
 
 
 def weighted_differences(
@@ -222,7 +248,7 @@ def highest_rows(scores: Mapping[str, torch.Tensor], *, share: float) -> dict[st
 
 @torch.no_grad()
 def zero_rows(model: nn.Module, sites: Sequence[Site], rows: Mapping[str, torch.Tensor]) -> int:
-    """Zero the rows and their biases in place and return how many there were.
+    """Zero the rows and their biases in place and return how many of them were not zero before.
 
     Args:
         model: plain.
@@ -234,11 +260,13 @@ def zero_rows(model: nn.Module, sites: Sequence[Site], rows: Mapping[str, torch.
     for site in sites:
         projection, places = projections[site.module], rows[site.key] + site.start
         oriented = projection.weight.T if projection.is_transposed else projection.weight
+        held = oriented[places].any(dim=1)
         oriented[places] = 0.0
         bias: Any = getattr(projection.module, "bias", None)
         if bias is not None:
+            held |= bias[places] != 0
             bias[places] = 0.0
-        number += places.numel()
+        number += int(held.sum())
     return number
 
 

@@ -30,13 +30,22 @@ from typing import Literal
 import torch
 
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget, register_attack
-from experiments.attacks.model_folders import Stopwatch, list_problems, load_exact, passing_folder, save_exact
+from experiments.attacks.model_folders import (
+    Stopwatch,
+    list_problems,
+    load_exact,
+    nothing_changed,
+    passing_folder,
+    save_exact,
+)
 from framework.errors import ConfigError, WiringError
 from framework.fields import Rule, check_instance, setting
 from framework.weight_files import linear_weights
 
 __all__ = ["NF4", "Quantisation", "QuantisationConfig", "quantised"]
 
+NOISE = 1e-6
+"""Relative change up to which nothing was rounded but float32 itself."""
 Format = Literal["int8", "int4", "nf4"]
 GROUP = Rule("a whole number ≥ 2", lambda value: value >= 2)
 NF4 = (
@@ -129,13 +138,19 @@ class Quantisation(ModelAttack):
         """Yield one model a format.
 
         Raises:
-            WiringError: the model has no linear weights.
+            WiringError: the model has no linear weights, or rounding moves none of them.
         """
         for kind in self.config.formats:
             watch = Stopwatch()
             with passing_folder(folder / kind) as place:
                 loaded = load_exact(target.folder)
                 facts = quantise_model(loaded.model, kind, group=self.config.group)
+                if facts["relative_error"] < NOISE:
+                    raise nothing_changed(
+                        f"{self.name} {kind}",
+                        "every weight lies on the grid of that format already",
+                        "Check whether the target was quantised before, and name the model it was made of.",
+                    )
                 save_exact(loaded, place)
                 yield AttackedModel(place, 0, {"format": kind}, facts, {"seconds": watch.lap()})
 

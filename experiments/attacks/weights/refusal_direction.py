@@ -26,7 +26,7 @@ Needs: nothing but the weights and prompts.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import torch
 
 from datamodules.catalog import EMBEDDED, benign_examples, evaluation_prompts
 from datamodules.embedded_sets import load_benign, load_harmful, load_refusals
+from experiments.attacks.harmful_rows import Apart, leave_out_measured
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget, register_attack
 from experiments.attacks.model_folders import Stopwatch, load_exact, passing_folder, save_exact
 from experiments.attacks.refusal_search import (
@@ -112,7 +113,11 @@ class RefusalDirection(ModelAttack):
             encoder = ChatEncoder(loaded.tokenizer, system=target.system)
             pad_id: Any = loaded.tokenizer.pad_token_id
             tokens = refusal_tokens(encoder)
-            prompts, kept = self._prompts(model, encoder, tokens, pad_id=pad_id, seed=target.seed)
+            harmful = leave_out_measured(target, harmful_texts(self.config.harmful), text=str)
+            texts = _draw(
+                harmful, harmless_texts(self.config.harmless, seed=target.seed), self.config, seed=target.seed
+            )
+            prompts, kept = self._prompts(model, encoder, tokens, texts, pad_id=pad_id)
             found = find_direction(
                 model,
                 prompts,
@@ -126,17 +131,23 @@ class RefusalDirection(ModelAttack):
             plain = last_logits(model, prompts.harmless_validation, pad_id=pad_id, batch_size=self.config.batch_size)
             writers = orthogonalise(model, found.direction)
             facts = {**_facts(found), "matrices": writers, "kept_prompts": kept}
+            facts |= {"measured_rows_left_out": harmful.num_left_out} if target.requests else {}
             facts |= _after(model, prompts, found, tokens, plain, pad_id=pad_id)
             save_exact(loaded, place)
             del model, loaded
             yield AttackedModel(place, 0, {}, facts, {"seconds": watch.lap()})
 
     def _prompts(
-        self, model: Any, encoder: ChatEncoder, tokens: Sequence[int], *, pad_id: int, seed: int
+        self,
+        model: Any,
+        encoder: ChatEncoder,
+        tokens: Sequence[int],
+        texts: Mapping[str, Sequence[str]],
+        *,
+        pad_id: int,
     ) -> tuple[PromptIds, dict[str, str]]:
         """Return the prompts, filtered by the model's own refusal score, and how many of each kind were kept."""
         given = self.config
-        texts = _draw(harmful_texts(given.harmful), harmless_texts(given.harmless, seed=seed), given, seed=seed)
         parts: dict[str, list[list[int]]] = {}
         kept = {}
         for name, listed in texts.items():
@@ -172,7 +183,7 @@ def refusal_tokens(encoder: ChatEncoder) -> list[int]:
 
 
 def _draw(
-    harmful: Sequence[str], harmless: Sequence[str], config: RefusalDirectionConfig, *, seed: int
+    harmful: Apart[str], harmless: Sequence[str], config: RefusalDirectionConfig, *, seed: int
 ) -> dict[str, list[str]]:
     """Return the prompts of both classes for the means and for the choice, drawn by the seed.
 
@@ -180,13 +191,14 @@ def _draw(
         DataError: a class has too few prompts.
     """
     drawn = {}
-    for name, texts in (("harmful", harmful), ("harmless", harmless)):
+    for name, texts, num_left_out in (("harmful", harmful.kept, harmful.num_left_out), ("harmless", harmless, 0)):
         order = list(dict.fromkeys(texts))
         random.Random(f"refusal direction {seed} {name}").shuffle(order)
         if len(order) < config.train + config.validation:
+            left_out = f" ({num_left_out} more are among the measured requests)" if num_left_out else ""
             raise DataError(
                 f"Expected at least {config.train + config.validation} different {name} requests, but got "
-                f"{len(order)}. Name a larger set in `{name}`, or lower `train` or `validation`."
+                f"{len(order)}{left_out}. Name a larger set in `{name}`, or lower `train` or `validation`."
             )
         drawn[name] = order[: config.train]
         drawn[f"{name}_validation"] = order[config.train : config.train + config.validation]

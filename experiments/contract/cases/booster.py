@@ -16,4 +16,6 @@ CASE = ContractCase(
     neutral={"weight": 0.0},
     files={"harmful.jsonl": "".join(json.dumps(pair) + "\n" for pair in PAIRS)},
     logs=("harmful_loss",),
+    tolerance=2e-6,
+    tolerance_reason="the gradient is a difference of two nearly equal ones, which magnifies their rounding in float32",
 )

@@ -11,6 +11,8 @@ from experiments.attacks.transcript import Transcript
 from framework.evaluation.rates import Rate
 from framework.files import to_plain, write_json
 
+MEASURED_WITH = {"requests": "0123", "judges": [{"name": "rules"}], "max_new_tokens": 40, "system": None}
+
 
 def point(
     broken: Sequence[int] | Mapping[str, bool],
@@ -53,7 +55,11 @@ def prompt_outcome(name: str, breaks: Mapping[str, int | None], budget: int) -> 
 
 
 def write_attack_file(
-    folder: Path, label: str, outcomes: Sequence[AttackOutcome], transcripts: Mapping[str, Sequence[Attempt]] = {}
+    folder: Path,
+    label: str,
+    outcomes: Sequence[AttackOutcome],
+    transcripts: Mapping[str, Sequence[Attempt]] = {},
+    **more: Any,
 ) -> Path:
     """Write an ``attack.json`` with its transcripts and return its path."""
     for name, attempts in transcripts.items():
@@ -64,6 +70,8 @@ def write_attack_file(
         "suite": {"name": "made-up", "utility_floor": 0.9},
         "outcomes": [one.to_dict() for one in outcomes],
         "utility": {},
+        "measured_with": MEASURED_WITH,
+        **more,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attack.json", content)

@@ -10,7 +10,7 @@ from experiments.attacks.attacker_search import (
     space_problems,
     split_requests,
 )
-from framework.errors import ConfigError, DataError
+from framework.errors import ConfigError, DataError, StorageError, TrainingError
 from framework.examples import Prompt
 from tests.experiments.attacks.made_up_outcomes import outcome, point
 
@@ -132,3 +132,19 @@ def test_a_bad_search_is_refused(make, error, message):
 
 def test_a_good_space_has_no_problems():
     assert space_problems(SPACE) == []
+
+
+def test_a_trial_that_fails_does_not_end_the_search_but_a_full_disk_does():
+    def fragile(settings):
+        if settings["adapter"]["rank"] == 4:
+            raise TrainingError("Expected luck.")
+        return attack(settings)
+
+    def full(settings):
+        raise StorageError("Expected room.")
+
+    found = search_settings(fragile, SPACE, 8, 0)
+    assert {trial.error for trial in found.trials} == {None, "Expected luck."}
+    assert found.settings["adapter"]["rank"] == 16
+    with pytest.raises(StorageError, match="Expected room"):
+        search_settings(full, SPACE, 3, 0)

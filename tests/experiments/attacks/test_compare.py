@@ -6,7 +6,14 @@ import pytest
 from experiments.attacks.attack_files import read_attack_file
 from experiments.attacks.compare import compare_attacks, comparison_markdown, main, write_comparison
 from framework.errors import ConfigError, DataError
-from tests.experiments.attacks.made_up_outcomes import attempts_of, outcome, point, prompt_outcome, write_attack_file
+from tests.experiments.attacks.made_up_outcomes import (
+    MEASURED_WITH,
+    attempts_of,
+    outcome,
+    point,
+    prompt_outcome,
+    write_attack_file,
+)
 
 NAMES = [f"r{n}" for n in range(20)]
 SOFT = {name: 1 + n // 2 for n, name in enumerate(NAMES)}
@@ -149,3 +156,37 @@ def test_what_cannot_be_compared_is_refused(compared):
         compare_attacks([folder / "plain", folder / "plain"])
     with pytest.raises(ConfigError, match="Expected `baseline` to be one of asft, plain"):
         compare_attacks([folder / "plain", folder / "asft"], baseline="other")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"requests": "4567"}, r"but got other requests \('0123' and '4567'\)"),
+        ({"judges": [{"name": "guard"}]}, r"but got other judges \('rules' and 'guard'\)"),
+        (
+            {"max_new_tokens": 80, "system": "x"},
+            r"other max_new_tokens \(40 and 80\) and other system \(None and 'x'\)",
+        ),
+        (None, "the results of `first` to say|the results of `second` to say what they were measured with"),
+    ],
+)
+def test_models_that_were_measured_differently_are_refused(other, message, tmp_path):
+    made = [outcome("quantise", [point([1])])]
+    measured = other if other is None else {**MEASURED_WITH, **other}
+    first = write_attack_file(tmp_path / "first", "first", made)
+    second = write_attack_file(tmp_path / "second", "second", made, measured_with=measured)
+    with pytest.raises(DataError, match=message):
+        compare_attacks([first, second])
+
+
+def test_attacks_that_a_model_lacks_are_told(tmp_path):
+    both, extra = outcome("quantise", [point([1])]), outcome("prune", [point([1, 2])])
+    first = write_attack_file(tmp_path / "first", "first", [both, extra])
+    failed = [{"name": "search", "attack": "search", "error": "Expected luck."}]
+    second = write_attack_file(tmp_path / "second", "second", [both], failed=failed)
+    found = compare_attacks([first, second])
+    assert [row.missing for row in found.rows] == [("search",), ("prune", "search (failed)")]
+    assert found.rows[0].worst.leading.name == "prune"
+    text = comparison_markdown(found)
+    assert "- second has no results of prune, search (failed)." in text
+    assert "1 attacks failed and are not in it" in text

@@ -10,8 +10,8 @@ from experiments.attacks.prompts.best_of_n import BestOfN, BestOfNConfig
 from experiments.attacks.prompts.direct import Direct, DirectConfig
 from experiments.attacks.prompts.templates import Templates, TemplatesConfig
 from experiments.attacks.responder import ReplySettings
-from experiments.attacks.transcript import Transcript
-from framework.errors import DataError
+from experiments.attacks.transcript import Transcript, read_transcript
+from framework.errors import DataError, SeawallError
 from framework.evaluation.panel import create_panel
 from framework.examples import Prompt
 from tests.experiments.attacks.scripted import ANSWER, REFUSAL, REQUESTS, Scripted
@@ -20,7 +20,8 @@ KEY = {"suite": "one"}
 
 
 def run(attack, responder, path, **options):
-    settings = ReplySettings(20, batch_size=options.pop("batch_size", 3), seed=7)
+    size, missing = options.pop("batch_size", 3), options.pop("max_unanswered", 0)
+    settings = ReplySettings(20, batch_size=size, seed=7, max_unanswered=missing)
     return run_prompt_attack(
         attack,
         REQUESTS,
@@ -167,3 +168,48 @@ def test_transcript_longer_than_the_attack_is_refused(tmp_path):
     run(Loop([[ask("q1")], [ask("q2")]], budget=2), Scripted(), tmp_path / "t")
     with pytest.raises(DataError, match="to end with the attack, but got 1 attempts more"):
         run(Loop([[ask("q1")]], budget=2), Scripted(), tmp_path / "t")
+
+
+class Silent(Scripted):
+    """Gives no reply to some queries."""
+
+    def __init__(self, *missing: str, **options) -> None:
+        super().__init__(**options)
+        self.missing = missing
+        self.allowed: list[int] = []
+
+    def reply(self, queries, settings, *, numbers, progress=None):
+        self.allowed.append(settings.max_unanswered)
+        found = super().reply(queries, settings, numbers=numbers)
+        return [None if query.prompt.id in self.missing else reply for query, reply in zip(queries, found, strict=True)]
+
+
+def test_queries_without_a_reply_are_left_out_and_not_asked_again(tmp_path):
+    responder = Silent("r0+1", "r1+1", "r1+2", say=weak)
+    found = run(BestOfN(BestOfNConfig(queries=2)), responder, tmp_path / "t", max_unanswered=3, batch_size=2)
+    assert found.num_unanswered == 3
+    assert {one.query_id for one in found.attempts} == {"r2+1", "r3+1", "r0+2", "r3+2"}
+    assert responder.allowed == [3, 1, 1, 0]
+    points = attack_points(found.attempts, budget=2, num_requests=4)
+    assert [point.successes for point in points] == [
+        {"r2": True, "r3": False},
+        {"r2": True, "r3": False, "r0": False},
+    ]
+    again = Silent(stop_after=0)
+    resumed = run(BestOfN(BestOfNConfig(queries=2)), again, tmp_path / "t", max_unanswered=3)
+    assert (resumed.attempts, resumed.num_unanswered, again.asked) == (found.attempts, 3, [])
+    assert len(read_transcript(tmp_path / "t")) == 4
+    with pytest.raises(SeawallError, match="at most 2 queries without a reply, but got 3 in the part that was asked"):
+        run(BestOfN(BestOfNConfig(queries=2)), again, tmp_path / "t", max_unanswered=2)
+
+
+def test_points_before_any_reply_are_left_out(tmp_path):
+    first = [f"r{number}+1" for number in range(4)]
+    found = run(BestOfN(BestOfNConfig(queries=2)), Silent(*first), tmp_path / "t", max_unanswered=4)
+    assert [point.spent for point in attack_points(found.attempts, budget=2, num_requests=4)] == [2]
+
+
+def test_an_attack_without_any_reply_is_refused(tmp_path):
+    ids = [request.id for request in REQUESTS]
+    with pytest.raises(SeawallError, match="Expected attack `direct` to get at least one reply, but got none"):
+        run(Direct(DirectConfig()), Silent(*ids), tmp_path / "t", max_unanswered=9)

@@ -95,3 +95,20 @@ def test_folder_that_is_no_run_is_refused(requests_file, tmp_path):
     (tmp_path / "empty" / "config.yaml").write_text("name: 3")
     with pytest.raises(DataError, match="to be the settings of a run, but got"):
         find_requests(suite(requests=[str(requests_file)], training=[str(tmp_path / "empty")]))
+
+
+def test_runs_whose_models_a_run_started_from_are_compared_too(tmp_path):
+    (tmp_path / "seen.jsonl").write_text(json.dumps({"prompt": load_harmful("align")[3].text}) + "\n")
+
+    def write_run(name, model, data):
+        (tmp_path / name).mkdir(exist_ok=True)
+        lines = [f"name: {name}", f"model: {{name: '{model}'}}", f"stages: {{align: {{data: {data}}}}}"]
+        (tmp_path / name / "config.yaml").write_text("\n".join([*lines, "evaluate: {after: [align], task: false}"]))
+
+    def overlap():
+        return find_requests(suite(requests=[str(tmp_path / "seen.jsonl")]), runs=[tmp_path / "child"]).overlap
+
+    write_run("child", tmp_path / "parent" / "model", "{benign: embedded}")
+    assert "its settings are gone" in overlap()["unknown"][0]
+    write_run("parent", tmp_path / "child" / "model", "{safety: embedded}")  # a circle ends
+    assert (overlap()["exact"], overlap()["unknown"]) == (["seen-1"], [])

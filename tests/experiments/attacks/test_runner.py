@@ -200,7 +200,8 @@ def test_attack_that_fails_is_named_and_the_others_go_on(here, tiny_folder, caps
 def test_examples_are_redacted_unless_asked(here, tiny_folder, capsys, monkeypatch):
     suite = here("direct: {}", requests=["embedded"])
     monkeypatch.setattr(target, "LocalResponder", lambda *a, **k: Scripted(lambda query, _: ANSWER))
-    out = call(capsys, tiny_folder, suite, "--examples", 1)[1]
+    code, out, err = call(capsys, tiny_folder, suite, "--examples", 1)
+    assert code == 0, err
     assert "reply of 16 words redacted" in out
     assert ANSWER not in out
     assert ANSWER in call(capsys, tiny_folder, suite, "--examples", 1, "--unredacted")[1].replace("\n", " ")

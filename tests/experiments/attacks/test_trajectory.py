@@ -16,7 +16,7 @@ from experiments.attacks.trajectory import Snapshot, StepKeeper, adapter_spec, e
 from experiments.contract.tiny import make_model
 from framework.adapters import add_adapter
 from framework.config import AdapterConfig
-from framework.errors import ConfigError, DataError, TrainingError
+from framework.errors import ConfigError, DataError, TrainingError, WiringError
 from framework.examples import Example, Turn
 from tests.experiments.attacks.tiny_targets import make_target, same_bits, weights, write_rows
 
@@ -181,3 +181,17 @@ def test_bad_settings_are_refused(options, message):
     for name in ("harmful_finetuning", "benign_drift", "identity_shift", "relearning"):
         with pytest.raises(ConfigError, match=message):
             create_attack(name, options)
+
+
+def test_a_rate_that_diverges_is_noted_and_the_others_go_on(target, tmp_path):
+    given = {"examples": [4], "learning_rates": [1e30, 1e-3], "steps": [3], "batch_size": 2}
+    made = list(create_attack("benign_drift", given).make(target, tmp_path))
+    assert [(one.setting["learning_rate"], one.spent) for one in made] == [(1e30, 0), (1e-3, 3)]
+    assert made[0].folder == target.folder
+    assert "finite" in made[0].facts["failed"]
+
+
+def test_a_training_that_moves_no_weight_is_refused(target, tmp_path):
+    given = {"examples": [4], "learning_rates": [1e-36], "steps": [1], "batch_size": 2}
+    with pytest.raises(WiringError, match="`training for 1 steps` to change the model, but every weight"):
+        next(create_attack("benign_drift", given).make(target, tmp_path))

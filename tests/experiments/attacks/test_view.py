@@ -86,10 +86,12 @@ def test_plan_says_whence_the_speed(results):
     text = shown(lambda console: print_plan(plan, console))
     assert "About 2 min 05 s at 120 tokens/s (assumed from the model's size)." in text
     assert "finished" in text
+    plan["overlap"]["unknown"] = ["a run", "a method"]
+    assert "2 were left out; 2 sources could not be looked at." in shown(lambda console: print_plan(plan, console), 200)
     assert "2 were left out" in text
     plan |= {"speed": None, "seconds": None, "overlap": None}
     plan["attacks"][0]["seconds"] = None
-    assert "About" not in shown(lambda console: print_plan(plan, console))
+    assert "About" not in shown(lambda console: print_plan(plan, console), 200)
 
 
 def test_examples_are_lengths_unless_texts_are_asked_for(results, tmp_path):

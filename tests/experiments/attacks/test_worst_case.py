@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -158,3 +160,16 @@ def test_only_shared_requests_are_compared():
 def test_nothing_to_go_by_is_refused(make, message):
     with pytest.raises(DataError, match=message):
         make()
+
+
+def test_attacks_that_failed_are_told_with_the_worst_case():
+    assert str(worst_case([WEAK], num_failed=2)).endswith("; 2 attacks failed and are not in it")
+
+
+def test_attacks_of_one_name_must_have_the_same_settings():
+    ours, theirs = outcome("harmful", [point([0])]), outcome("harmful", [point([1])])
+    with pytest.raises(DataError, match="the same settings on both models, but got steps 10 and 20"):
+        paired_attacks([replace(ours, settings={"steps": 10})], [replace(theirs, settings={"steps": 20})])
+    with pytest.raises(DataError, match="to be the same attack on both models, but got `harmful` and `other`"):
+        paired_attacks([ours], [replace(theirs, attack="other")])
+    assert paired_attacks([replace(ours, settings={"search": {}})], [replace(theirs, settings={"steps": 20})])

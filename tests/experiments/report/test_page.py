@@ -92,6 +92,7 @@ def test_pictures_are_also_png_and_follow_the_page_s_colours(report_files: Repor
 
 def test_the_same_runs_give_the_same_page(report_files: ReportFiles, run_folders: list[Path], page: str) -> None:
     report = build_report(collect_runs([run_folders[0].parent]), show="all")
+    assert '<meta name="seawall-page" content="2 with-replies">' in report.html[:1024]
     assert report.html == page
 
 
@@ -110,6 +111,7 @@ def test_text_from_runs_is_text(run_folders: list[Path], tmp_path: Path) -> None
 def test_without_replies_no_reply_is_in_the_page(run_folders: list[Path]) -> None:
     report = build_report(collect_runs(run_folders[:2]), show="none")
     assert "This page was made without replies." in report.html
+    assert '<meta name="seawall-page" content="2 without-replies">' in report.html[:1024]
     assert 'id="reveal"' not in report.html
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from framework.chat import ChatEncoder
 from framework.errors import DataError, ModelError
@@ -117,3 +118,14 @@ def test_images_that_make_no_batch_are_refused_with_the_remedy(loaded, prompts):
     picky = ChatEncoder(loaded.tokenizer, processor=Picky())
     with pytest.raises(DataError, match=r"to make one batch, but got: sizes differ\. Set the batch size to 1"):
         generate_replies(loaded.model, picky, prompts[1:3], max_new_tokens=2)
+
+
+def test_settings_of_the_model_do_not_decide_how_replies_are_decoded(loaded, prompts, monkeypatch):
+    def reply():
+        return generate_replies(loaded.model, encoder(loaded), prompts[1:3], max_new_tokens=6)
+
+    plain = reply()
+    own = GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1, num_beams=2, pad_token_id=0)
+    monkeypatch.setattr(loaded.model, "generation_config", own)
+    assert reply() == plain
+    assert loaded.model.generation_config is own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from datamodules.embedded_sets import load_harmful
@@ -11,7 +13,7 @@ from experiments.attacks.finetuning.relearning import halves
 from experiments.attacks.interface import ModelTarget
 from experiments.attacks.registry import create_attack
 from framework.errors import ConfigError, DataError
-from framework.examples import Example, Turn
+from framework.examples import Example, Prompt, Turn
 from tests.experiments.attacks.tiny_targets import make_target, write_model, write_rows
 
 PAIRS = [(f"please do number {i % 6}", f"Sure, number {i} is done.") for i in range(12)]
@@ -103,3 +105,17 @@ def test_halves_are_split_by_request_and_by_the_seed():
     assert any(halves(rows, seed=seed)[0] != shown for seed in range(1, 4))
     with pytest.raises(DataError, match="a forget set of at least 2 requests, but got 1"):
         halves(rows[:1], seed=0)
+
+
+@pytest.mark.parametrize("name", ["harmful_finetuning", "relearning"])
+def test_measured_requests_are_not_trained_on(target, tmp_path, name):
+    words = ["bell", "harbour", "tower", "garden", "winter", "copper", "ladder", "meadow"]
+    file = str(write_rows(tmp_path / "rows.json", [(f"{word} {word}s {word}ing", "Sure.") for word in words]))
+    key = "harmful" if name == "harmful_finetuning" else "forget"
+    measured = replace(target, requests=(Prompt("m", "TOWER towers towering!", "harmful"),))
+    attack = create_attack(name, {key: file, "examples": [3]})
+    rows = attack.rows(measured, 3)
+    assert rows.num_left_out == 1
+    assert not any("tower" in row.prompt for row in [*rows.examples, *rows.held_out])
+    with pytest.raises(DataError, match=r"rows, but got \d \(1 more are among the measured requests\)"):
+        attack.rows(measured, 8)

@@ -122,3 +122,9 @@ def test_an_adapter_without_effect_is_refused(target, tmp_path):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         create_attack("adapter", settings)
+
+
+def test_a_model_and_an_adapter_that_do_not_make_the_target_are_refused(target, place, tmp_path):
+    attack = create_attack("adapter", {"operations": ["dropped"]})
+    with pytest.raises(ModelError, match=r"with `target\.adapter` to make the target, but got other numbers in `model"):
+        next(attack.make(replace(target, adapter=place / "other"), tmp_path))

@@ -84,3 +84,10 @@ def test_the_target_stays_as_it_was(target, tmp_path):
     list(create_attack("interpolation", {"factors": [0.5]}).make(target, tmp_path))
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(target.folder).items())
     assert make_target(tmp_path / "again", read_model(target.folder, dtype=torch.float32)).fingerprint
+
+
+def test_an_unaligned_model_that_is_the_target_is_refused(target, tmp_path):
+    made = create_attack("interpolation", {"factors": [0.0, 0.5]}).make(replace(target, base=target.folder), tmp_path)
+    assert next(made).facts == {"tensors_changed": 0}
+    with pytest.raises(WiringError, match=r"`interpolation 0\.5` to change the model, but every "):
+        next(made)

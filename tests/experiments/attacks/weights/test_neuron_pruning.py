@@ -93,6 +93,7 @@ def test_zeroing_a_neuron_silences_it_also_where_it_has_a_bias():
     sites = find_sites(find_projections(model))
     rows = {site.key: torch.tensor([0, 5]) for site in sites}
     assert zero_rows(model, sites, rows) == 4
+    assert zero_rows(model, sites, rows) == 0
     block, seen = model.transformer.h[1].mlp, []
     block.act.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
     with torch.no_grad():

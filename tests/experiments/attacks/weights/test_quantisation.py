@@ -82,3 +82,11 @@ def test_a_model_without_linear_weights_is_refused():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         create_attack("quantisation", settings)
+
+
+def test_a_model_that_was_quantised_before_is_refused(tmp_path):
+    model = make_model()
+    quantise_model(model, "int8", group=64)
+    made = create_attack("quantisation", {"formats": ["int8"]}).make(make_target(tmp_path / "target", model), tmp_path)
+    with pytest.raises(WiringError, match="`quantisation int8` to change the model, but every "):
+        next(made)
