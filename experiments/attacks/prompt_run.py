@@ -73,11 +73,11 @@ def run_prompt_attack(
         SeawallError: more queries stayed without a reply than may, or all of them.
     """
     started = time.perf_counter()
-    seed = settings.seed
     settings = replace(settings, temperature=attack.temperature)
+    report = progress or (lambda done: None)
     # A guard model is loaded for every call, so it is asked once a round.
     chunk = None if any(judge.needs_model for judge in judges) else settings.batch_size
-    attack.start(requests, seed=seed)
+    attack.start(requests, seed=settings.seed)
     attempts: list[Attempt] = []
     numbers: dict[str, int] = {}
     asked: Counter[str] = Counter()
@@ -87,9 +87,7 @@ def run_prompt_attack(
         known = transcript.take(queries)
         resumed += len(known)
         answers = list(known)
-        rest = queries[len(known) :]
-        for start in range(0, len(rest), chunk or max(1, len(rest))):
-            part = rest[start : start + chunk] if chunk else rest
+        for part in _parts(queries[len(known) :], chunk):
             first = len(attempts) + len(answers)
             limited = replace(settings, max_unanswered=_still_allowed(settings, [*attempts, *answers]))
             replies = responder.reply(part, limited, numbers=range(first, first + len(part)))
@@ -97,16 +95,21 @@ def run_prompt_attack(
             fresh = _attempts(part, replies, own, attack=attack, judges=judges, cache=cache)
             transcript.add(fresh)
             answers += fresh
-            if progress is not None:
-                progress(len(attempts) + len(answers))
+            report(len(attempts) + len(answers))
         attempts += answers
         attack.tell(answers)
-        if progress is not None:
-            progress(len(attempts))
+        report(len(attempts))
     _check_end(attack, attempts, transcript)
     _still_allowed(settings, attempts)
     answered = tuple(attempt for attempt in attempts if not is_unanswered(attempt))
     return PromptRun(answered, time.perf_counter() - started, resumed, len(attempts) - len(answered))
+
+
+def _parts(queries: Sequence[Query], size: int | None) -> Iterator[Sequence[Query]]:
+    """Yield the queries in parts of ``size``, or all of them at once."""
+    step = size or max(1, len(queries))
+    for start in range(0, len(queries), step):
+        yield queries[start : start + step]
 
 
 def _still_allowed(settings: ReplySettings, attempts: Sequence[Attempt]) -> int:
