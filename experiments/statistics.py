@@ -152,8 +152,10 @@ def paired_interval(
         DataError: as ``mcnemar_exact``.
     """
     first, second = paired_outcomes(baseline, candidate)
-    kinds, shares = _resample(second - first, np.random.default_rng(seed), resamples)
-    return _quantiles(shares @ kinds.mean(axis=0), confidence)
+    # Seeds stay together, so only a prompt's sum over them counts: far fewer kinds of prompts than rows of outcomes.
+    sums = (second - first).sum(axis=0, keepdims=True)
+    kinds, shares = _resample(sums, np.random.default_rng(seed), resamples)
+    return _quantiles(shares @ kinds[0] / first.shape[0], confidence)
 
 
 def seed_interval(
