@@ -40,11 +40,15 @@ class _PromptFile(NamedTuple):
     file: str
     kind: EvaluationKind
     label: str | None = None
+    label_column: str = "label"
 
 
 _PROMPT_FILES: Mapping[str, _PromptFile] = {
     "advbench": _PromptFile("advbench/harmful_behaviors.csv", "safety"),
     "harmbench": _PromptFile("harmbench/harmbench_behaviors_text_test.csv", "safety"),
+    "harmbench_standard": _PromptFile(
+        "harmbench/harmbench_behaviors_text_test.csv", "safety", "standard", "functionalcategory"
+    ),
     "harmbench_validation": _PromptFile("harmbench/harmbench_behaviors_text_val.csv", "safety"),
     "jailbreakbench": _PromptFile("jailbreakbench/harmful-behaviors.csv", "safety"),
     "strongreject": _PromptFile("strongreject/strongreject_dataset.csv", "safety"),
@@ -212,7 +216,9 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
                 f"Expected `{kind}` to name sets of that kind, but got {name_or_path!r}, which belongs under "
                 f"`{known.kind}`. Known here: {', '.join(known_prompt_sets(kind))}."
             )
-        prompts = read_prompts(find_file(known.file), kind=prompt_kind, label=known.label)
+        prompts = read_prompts(
+            find_file(known.file), kind=prompt_kind, label=known.label, label_column=known.label_column
+        )
     else:
         prompts = read_prompts(_find_path(name_or_path, kind, known_prompt_sets(kind)), kind=prompt_kind)
     if not prompts:

@@ -30,7 +30,9 @@ class Conversation(NamedTuple):
     reply: str
 
 
-def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, *, kind: PromptKind, label: str | None = None, label_column: str = "label"
+) -> list[Prompt]:
     """Return the evaluation prompts of a file.
 
     Understood: AdvBench (``goal``), HarmBench (``Behavior``, with ``ContextString`` put before it), JailbreakBench
@@ -41,7 +43,8 @@ def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None
     Args:
         path: the file.
         kind: what its prompts are.
-        label: keep only rows whose column ``label`` has this value (XSTest: safe or unsafe).
+        label: keep only rows with this value in ``label_column`` (XSTest: safe or unsafe).
+        label_column: name of that column in lower case.
 
     Returns:
         Prompts with ids ``<file name>-<row>``, rows counted from 1 before any is left out.
@@ -54,13 +57,15 @@ def read_prompts(path: str | Path, *, kind: PromptKind, label: str | None = None
     prompts = []
     for number, row in enumerate(rows, start=1):
         low = {str(key).lower(): value for key, value in row.items()}
-        if label is not None and _required(low, "label", path=path, number=number) != label:
+        if label is not None and _required(low, label_column, path=path, number=number) != label:
             continue
         text = _prompt_text(low, path=path, number=number)
         image = _image(low, path=path, number=number)
         prompts.append(Prompt(f"{set_name(path)}-{number}", text, kind, _category(low), image=image))
     if not prompts:
-        raise DataError(f"Expected `{path}` to have prompts with label {label!r}, but got none in {len(rows)} rows.")
+        raise DataError(
+            f"Expected `{path}` to have prompts with {label_column} {label!r}, but got none in {len(rows)} rows."
+        )
     return prompts
 
 

@@ -124,6 +124,7 @@ REAL_PROMPTS = {
         "advbench": 520,
         "catqa": 550,
         "harmbench": 320,
+        "harmbench_standard": 159,
         "harmbench_validation": 80,
         "jailbreakbench": 100,
         "strongreject": 313,
