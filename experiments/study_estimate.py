@@ -23,7 +23,16 @@ from framework.files import fingerprint, read_json, to_plain
 from framework.schema import RunConfig
 from framework.study import StudyCell
 
-__all__ = ["CellEstimate", "Rates", "estimate_cells", "measured_rates", "print_plan", "rough_rates", "study_history"]
+__all__ = [
+    "CellEstimate",
+    "Rates",
+    "estimate_cells",
+    "measured_rates",
+    "print_plan",
+    "rough_rates",
+    "study_history",
+    "training_keys",
+]
 
 PROMPTS_UNKNOWN = 200
 """Prompts of an evaluation whose sets are not limited."""
@@ -202,6 +211,11 @@ def print_plan(estimates: Sequence[CellEstimate], console: Console, *, workers: 
     parts += [f"{needed / 1024:.1f} GiB of memory"] if needed else []
     parts += [f"{unknown} runs unknown"] if unknown else []
     console.print(Text(", ".join(parts)), soft_wrap=True)
+
+
+def training_keys(config: RunConfig) -> frozenset[str]:
+    """Return a key for every stage a run trains, with all that led to it; runs that share a stage share its key."""
+    return frozenset(key for key, rows, _ in _work(config) if rows)
 
 
 def _work(config: RunConfig) -> list[tuple[str, float, float]]:

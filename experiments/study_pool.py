@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.local_processes import PARENT
+from experiments.study_estimate import training_keys
 from experiments.study_progress import StudyProgress
 from experiments.study_records import failed_record, finished_record
 from experiments.study_worker import run_named_cell, write_cell, write_failure
@@ -177,15 +178,17 @@ def run_pool(
     for cell in cells:
         write_cell(cell, folder)
     waiting, running = list(cells), dict[str, tuple[StudyCell, Job]]()
+    trained = set[str]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                cell = waiting.pop(0)
+                cell = waiting.pop(_next_cell(waiting, [one for one, _ in running.values()], trained))
                 running[cell.name] = (cell, start(cell))
                 progress.put(cell.name, "running")
             for name, (cell, job) in list(running.items()):
                 if job.done():
                     del running[name]
+                    trained |= training_keys(cell.config)
                     progress.put(name, _ending(cell, folder, job))
             progress.refresh()
             check()
@@ -194,6 +197,16 @@ def run_pool(
     finally:
         for _, job in running.values():
             job.stop()
+
+
+def _next_cell(waiting: Sequence[StudyCell], running: Sequence[StudyCell], trained: Set[str]) -> int:
+    """Return which cell comes next: the first that shares the fewest stages with those that are being trained.
+
+    A cell that shares one would do nothing until the other has trained it.
+    """
+    held = {key for cell in running for key in training_keys(cell.config)} - trained
+    shared = [len(held & training_keys(cell.config)) for cell in waiting]
+    return shared.index(min(shared))
 
 
 def _ending(cell: StudyCell, folder: Path, job: Job) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.cli import main
 from experiments.execution import Execution
+from experiments.study_estimate import training_keys
 from experiments.study_pool import LocalJob, run_pool, starter
 from experiments.study_progress import StudyProgress
 from experiments.study_records import failed_record, read_study
@@ -86,6 +87,21 @@ def test_as_many_runs_as_workers_go_on_at_once(study: StudyConfig, tmp_path: Pat
     assert Job.most == 2
     assert set(progress.states.values()) == {"finished"}
     assert len(read_study(tmp_path / "kept")) == 6
+
+
+def test_runs_that_share_a_stage_do_not_wait_for_each_other(study: StudyConfig, tmp_path: Path) -> None:
+    started: list[StudyCell] = []
+
+    def start(cell: StudyCell) -> Job:
+        started.append(cell)
+        return Job(cell, tmp_path / "kept")
+
+    pool(study, tmp_path / "kept", start=start)
+    cells = study_cells(study)
+    assert training_keys(cells[0].config) & training_keys(cells[1].config)
+    assert not training_keys(started[0].config) & training_keys(started[1].config)
+    assert started[0] == cells[0]
+    assert sorted(cell.name for cell in started) == sorted(cell.name for cell in cells)
 
 
 def test_a_worker_that_dies_is_recorded_and_does_not_stop_the_others(study: StudyConfig, tmp_path: Path) -> None:
