@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from experiments.attacks.attack_files import AttackFile, check_comparable, point_setting, read_attack_file
 from experiments.attacks.attack_picture import curves_picture, standalone_svg, survival_picture
 from experiments.attacks.budget_curves import SHOWN_AT, BudgetCurve, LogRank, budget_curves, log_rank, success_at
+from experiments.attacks.interface import AttackOutcome, AttackPoint
 from experiments.attacks.worst_case import PairedAttack, WorstCase, last_points, paired_attacks, worst_case
 from experiments.report.figures import Picture
 from experiments.statistics import holm
@@ -48,6 +49,8 @@ class ModelRow:
     paired: tuple[PairedAttack, ...]
     """Against the baseline; empty for the baseline itself."""
     held: tuple[HeldTest, ...]
+    steps: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
+    """Attack that trains, at its setting, to the rate after each number of steps it was measured at."""
     missing: tuple[str, ...] = ()
     """Attacks that another model was given and this one has no results of, with the reason where it is known."""
 
@@ -113,6 +116,7 @@ def compare_attacks(
             rates=_rates(one),
             paired=() if one is base else tuple(paired_attacks(one.outcomes, base.outcomes)),
             held=() if one is base else tuple(_held_tests(curves[one.label], curves[chosen])),
+            steps=_step_rates(one),
             missing=_missing(one, read),
         )
         for one in read
@@ -135,6 +139,9 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     lacking = [f"- {row.label} has no results of {', '.join(row.missing)}." for row in rows if row.missing]
     if lacking:
         lines += ["", "The worst cases are over each model's own attacks, which are not the same:", "", *lacking]
+    if any(row.steps for row in rows):
+        head = ["attack", "steps", *(row.label for row in rows)]
+        lines += ["", "## After so many steps of training", "", *_table(head, _step_cells(comparison))]
     budget = [_budget_cells(curve, row.label) for row in rows for curve in row.curves]
     if budget:
         head = ["model", "attack", *(f"@{k}" for k in SHOWN_AT), "broken", "median held"]
@@ -189,11 +196,25 @@ def _rates(file: AttackFile) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for outcome in file.outcomes:
         for point in last_points(outcome).values():
-            setting = ", ".join(f"{key} {value}" for key, value in point_setting(point).items())
-            utility = point.metrics.get("utility_share", {}).get("value")
-            rate = {**point.metrics["attack_success"], "utility_share": utility}
-            found[f"{outcome.name} ({setting})" if setting else outcome.name] = rate
+            found[_title(outcome, point)] = _rate_of(point)
     return found
+
+
+def _step_rates(file: AttackFile) -> dict[str, dict[int, Mapping[str, Any]]]:
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for outcome in file.outcomes:
+        for point in outcome.points if outcome.unit == "steps" else ():
+            found.setdefault(_title(outcome, point), {})[point.spent] = _rate_of(point)
+    return found
+
+
+def _title(outcome: AttackOutcome, point: AttackPoint) -> str:
+    setting = ", ".join(f"{key} {value}" for key, value in point_setting(point).items())
+    return f"{outcome.name} ({setting})" if setting else outcome.name
+
+
+def _rate_of(point: AttackPoint) -> Mapping[str, Any]:
+    return {**point.metrics["attack_success"], "utility_share": point.metrics.get("utility_share", {}).get("value")}
 
 
 def _held_tests(curves: Sequence[BudgetCurve], baseline: Sequence[BudgetCurve]) -> list[HeldTest]:
@@ -212,6 +233,17 @@ def _held_tests(curves: Sequence[BudgetCurve], baseline: Sequence[BudgetCurve]) 
 def _rate_cells(title: str, comparison: AttackComparison) -> list[str]:
     rates = [row.rates.get(title) for row in comparison.rows]
     return [title, *("-" if rate is None else _rate_text(rate, comparison.floor) for rate in rates)]
+
+
+def _step_cells(comparison: AttackComparison) -> list[list[str]]:
+    rows = comparison.rows
+    keys = dict.fromkeys((title, step) for row in rows for title, rates in row.steps.items() for step in sorted(rates))
+    found = []
+    for title, step in keys:
+        rates = [row.steps.get(title, {}).get(step) for row in rows]
+        cells = ["-" if rate is None else _rate_text(rate, comparison.floor) for rate in rates]
+        found.append([title, str(step), *cells])
+    return found
 
 
 def _rate_text(rate: Mapping[str, Any], floor: float | None) -> str:

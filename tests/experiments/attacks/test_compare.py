@@ -91,6 +91,16 @@ def test_the_markdown_holds_every_part_and_no_text_of_a_request(compared):
     assert "reply" not in text.replace("replies", "")
 
 
+def test_every_number_of_steps_has_its_rate(compared):
+    found, _ = compared
+    title = "harmful (learning_rate 0.0001)"
+    assert {step: rate["numerator"] for step, rate in found.rows[0].steps[title].items()} == {0: 2, 10: 12, 20: 20}
+    text = comparison_markdown(found)
+    assert "| attack | steps | plain | asft |" in text
+    assert f"| {title} | 10 | 60.0% (12/20, 38.7% to 78.1%) | 5.0% (1/20, 0.9% to 23.6%) |" in text
+    assert all("search" not in row.steps for row in found.rows)
+
+
 def test_files_are_written_and_the_pictures_stand_alone(compared, tmp_path):
     paths = write_comparison(compared[0], tmp_path)
     assert [path.name for path in paths] == [
