@@ -9,6 +9,7 @@ import pytest
 from experiments.attacks.interface import ModelAttack
 from experiments.attacks.registry import known_attacks
 from experiments.attacks.suite import load_suite
+from experiments.attacks.texts.transforms import TRANSFORMS
 from framework.config import CONFIG_FOLDER
 from framework.errors import ConfigError
 
@@ -85,7 +86,7 @@ def test_suite_extends_another(tmp_path):
 
 
 def test_unknown_suite_names_the_known_ones():
-    with pytest.raises(ConfigError, match="Expected `attack` to be a YAML file or one of full, prompts, small"):
+    with pytest.raises(ConfigError, match="Expected `attack` to be a YAML file or one of full, harmful_curve, prompts, small, transforms"):
         load_suite("smal")
 
 
@@ -96,6 +97,10 @@ def test_suites_of_the_project_are_right(path):
         assert {one.attack.name for one in attacks} == set(known_attacks())
     if suite.name == "prompts":
         assert not any(one.attack.kind != "prompt" or one.attack.needs_prefill for one in attacks)
+    if suite.name == "transforms":
+        single = {one.label for one in attacks if one.attack.name == "obfuscation"}
+        assert single == set(TRANSFORMS)
+        assert {one.attack.budget for one in attacks if one.label != "direct"} == {10}
     if suite.name == "small":
         assert len(attacks) == 12
         assert {one.attack.kind for one in attacks} == {"prompt", "weights", "finetuning"}
