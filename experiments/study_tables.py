@@ -60,7 +60,9 @@ def make_tables(study: StudyConfig, records: Sequence[dict[str, Any]], folder: P
     table = _tables(study, records)
     write_json(folder / TABLE_FILE, {**table, "folder": ".", "inputs": _inputs(study, records)})
     compared = comparison_markdown(table["comparison"])
-    write_atomic(folder / "table.md", f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{compared}")
+    alarms = "".join(f"- {alarm}\n" for alarm in table["alarms"])
+    text = f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{alarms and alarms + chr(10)}{compared}"
+    write_atomic(folder / "table.md", text)
     return {**table, "folder": str(folder)}
 
 
@@ -98,16 +100,17 @@ def _rules() -> str:
 
 
 def _tables(study: StudyConfig, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    from experiments.alarms import study_alarms
+    from experiments.alarms import degenerate_alarms, study_alarms
     from experiments.comparison import compare_runs
 
     finished = [run for run in records if run["status"] == "finished"]
     measured = [run for run in finished if run["results"]["rows"]]
+    rows = collect_rows(finished)
     groups = {_group(run) for run in measured if run["label"] == study.reference_label}
     return {
         "name": study.name,
         "reference": study.reference_label,
-        "rows": collect_rows(finished),
+        "rows": rows,
         # A group whose reference failed has nothing to be compared with; its rows stand in the table all the same.
         "comparison": compare_runs(
             study_runs([run for run in measured if _group(run) in groups]), reference=study.reference_label
@@ -115,7 +118,7 @@ def _tables(study: StudyConfig, records: Sequence[dict[str, Any]]) -> dict[str, 
         if groups
         else [],
         "stages": collect_stages(finished),
-        "alarms": study_alarms(finished),
+        "alarms": [*study_alarms(finished), *degenerate_alarms(rows)],
         "runs": [_brief(run) for run in records],
     }
 

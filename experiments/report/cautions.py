@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from experiments.alarms import study_alarms
+from experiments.alarms import DEGENERATE, study_alarms
 from experiments.report.collecting import CollectedRun, Collection
 from experiments.report.entries import Entry, Variant, reference_variant
 from experiments.report.replies import Reply
@@ -13,8 +13,6 @@ from experiments.report.tables import number_of
 
 __all__ = ["Caution", "find_cautions", "idle_methods"]
 
-DEGENERATE = 0.1
-"""Share of degenerate replies from which a safety rate says little about safety."""
 FEW_PROMPTS = 50
 """Prompts below which the 95 % interval of a rate near one half is wider than 27 points."""
 FEW_SEEDS = 3

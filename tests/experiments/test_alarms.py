@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from experiments.alarms import judge_alarms, study_alarms
+from experiments.alarms import degenerate_alarms, judge_alarms, study_alarms
 from experiments.console import print_results
 
 
@@ -46,3 +46,18 @@ def test_alarms_are_printed():
     stream = StringIO()
     print_results({"alarms": ["Judges disagree about x"]}, Console(file=stream))
     assert stream.getvalue() == "Judges disagree about x\n"
+
+
+def test_degenerate_replies_are_told_from_one_in_ten():
+    def rate(numerator, denominator):
+        return {"value": numerator / denominator, "numerator": numerator, "denominator": denominator}
+
+    rows = [
+        {"label": "whole", "metrics": {"degenerate_rate": rate(7, 80), "benign_degenerate_rate": rate(5, 60)}},
+        {"label": "broken", "metrics": {"degenerate_rate": rate(56, 80), "benign_degenerate_rate": rate(6, 60)}},
+        {"label": "unmeasured", "metrics": {}},
+    ]
+    assert degenerate_alarms(rows) == [
+        "broken gives empty, repeated, echoed or very short text in 56 of 80 replies to harmful prompts and 6 of 60 "
+        "replies to harmless prompts: its rates say little about safety."
+    ]

@@ -86,7 +86,10 @@ def test_suite_extends_another(tmp_path):
 
 
 def test_unknown_suite_names_the_known_ones():
-    with pytest.raises(ConfigError, match="Expected `attack` to be a YAML file or one of full, harmful_curve, prompts, small, transforms"):
+    with pytest.raises(
+        ConfigError,
+        match="Expected `attack` to be a YAML file or one of full, harmful_curve, prompts, small, transforms",
+    ):
         load_suite("smal")
 
 
