@@ -59,7 +59,7 @@ def degenerate_alarms(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if high:
             found.append(
                 f"{row['label']} gives empty, repeated, echoed or very short text in {' and '.join(high)}: "
-                "its rates say little about safety."
+                "such replies are neither safe nor useful."
             )
     return found
 

@@ -36,6 +36,7 @@ __all__ = ["FEW_SEEDS", "RunSamples", "compare_runs", "find_outcomes", "flipped"
 FEW_SEEDS = f"fewer than {MIN_SEEDS} seeds: no seed-level interval and no winner"
 FEW_PROMPTS = 100
 COSTS = (
+    "prepare_seconds",
     "train_seconds",
     "evaluate_seconds",
     "peak_memory_mib",

@@ -155,6 +155,15 @@ COLUMNS = (
     Column("task_accuracy", "task accuracy", "right answers on the task", _rate, True, is_optional=True),
     Column("refusal_margin", "refusal margin", "nats; above 0 leans to refusing", _mean, True, is_optional=True),
     Column("benign_nll", "benign NLL", "nats per token of harmless replies", _mean, False, is_optional=True),
+    Column(
+        "prepare_seconds",
+        "preparing",
+        "wall time of the last stage before its first step: mining, probing, caches",
+        _seconds,
+        False,
+        is_cost=True,
+        is_optional=True,
+    ),
     Column("train_seconds", "training", "wall time of the last stage", _seconds, False, is_cost=True, is_optional=True),
     Column(
         "peak_memory_mib", "memory", "peak of training and measuring", _memory, False, is_cost=True, is_optional=True

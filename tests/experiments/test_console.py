@@ -95,6 +95,23 @@ def test_row_cost_takes_the_larger_peak_and_the_device_first() -> None:
     assert row_cost(None, None) == {"peak_memory_mib": None}
 
 
+def test_what_a_method_does_before_training_is_a_cost_of_its_own() -> None:
+    train = {
+        "parameters": {"trainable": 5},
+        "seconds": {"train": 2.0, "prepare": 284.1},
+        "tokens_per_second": {"train": 7.0},
+        "peak_memory_mib": {"host": {"train": 100.0}, "device": {}},
+    }
+    cost = row_cost(train, None)
+    assert cost["prepare_seconds"] == 284.1
+    row = make_row("SMH")
+    assert "prepare" not in markdown_table([row])
+    row["cost"]["prepare_seconds"] = cost["prepare_seconds"]
+    assert "4 min 44 s" in markdown_table([row])
+    train["seconds"]["prepare"] = 0.01  # type: ignore[index]
+    assert "prepare_seconds" not in row_cost(train, None)
+
+
 def test_times_leave_reused_stages_out_of_the_sum() -> None:
     stages = [{"stage": "align", "seconds": 100.0, "reused": True}, {"stage": "finetune", "seconds": 42.0}]
     lines = render(stage_times_table(stages), 80).splitlines()
