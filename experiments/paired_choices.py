@@ -2,7 +2,7 @@
 
 Two accuracies of like size hide how many questions changed sides. Every model answers the same questions; each
 candidate is compared with the baseline by the paired bootstrap interval of the difference and the exact McNemar test.
-The first model is the baseline; models are names or folders. Prints the table and writes it as JSON where ``--output`` says.
+The first model is the baseline; models are names or folders. Prints the table and writes it as JSON to ``--output``.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _line(row: dict[str, Any]) -> str:
     text = f"{row['model']}: {row['right']}/{row['questions']} ({row['right'] / row['questions']:.1%})"
     if "difference" in row:
         text += (
-            f", {100 * row['difference']:+.1f} points ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}), right only "
-            f"there {row['only_candidate']}, right only in the baseline {row['only_baseline']}, "
+            f", {100 * row['difference']:+.1f} points ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}), right "
+            f"only there {row['only_candidate']}, only in the baseline {row['only_baseline']}, "
             f"p (Holm) {row['p_holm']:.3g}"
         )
     return text
