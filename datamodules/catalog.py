@@ -194,7 +194,8 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
 
     Args:
         name_or_path: ``embedded``, ``embedded_jailbreak`` (harmful requests in templates), a name in
-            ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file.
+            ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file. ``harmbench_standard`` is a part of
+            ``harmbench``: asked together, its requests count twice.
         kind: ``safety`` (harmful requests) or ``over_refusal`` (harmless ones that look harmful).
         split: part of the embedded set; files are taken whole.
 

@@ -60,7 +60,8 @@ def compare_study(
 
     Returns:
         ``{"name", "reference", "rows", "comparison", "stages", "alarms", "runs", "folder"}``; ``rows`` feed the result
-        table, ``comparison`` is as ``compare_runs`` returns it, ``alarms`` say where judges contradict each other.
+        table, ``comparison`` is as ``compare_runs`` returns it, ``alarms`` say where judges contradict each other
+        and which models' replies are degenerate.
 
     Raises:
         ConfigError: a run does not measure its last model, the runs ask for different numbers of processes, the

@@ -308,11 +308,19 @@ def _mean_cell(
     }
 
 
+def _fit_seconds(cost: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the time of the last stage: what a method mines, probes or caches before its first step counts too."""
+    if "train_seconds" not in cost:
+        return {}
+    return {"cost/fit_seconds": cost["train_seconds"] + cost.get("prepare_seconds", 0.0)}
+
+
 def _tradeoff(rows: Mapping[str, dict[str, Any]], reference: str) -> dict[str, Any]:
     values: dict[str, dict[str, float | None]] = {
         label: {
             **{key: metric["value"] for key, metric in row["metrics"].items()},
             **{f"cost/{key}": value for key, value in row["cost"].items()},
+            **_fit_seconds(row["cost"]),
         }
         for label, row in rows.items()
     }

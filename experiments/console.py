@@ -120,10 +120,16 @@ def _speed(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 
 
+def _preparation(seconds: float | None) -> str:
+    return MISSING if seconds is None or seconds < SHOWN_SECONDS else format_seconds(seconds)
+
+
 def _memory(mebibytes: float | None) -> str:
     return MISSING if mebibytes is None else f"{mebibytes / 1024:.2f} GiB"
 
 
+SHOWN_SECONDS = 1.0
+"""Of preparation; less is not shown."""
 COLUMNS = (
     Column("attack success", _rate("attack_success")),
     Column("harmful rate", _rate("harmful_rate")),
@@ -132,14 +138,12 @@ COLUMNS = (
     Column("refusal rate", _rate("refusal_rate")),
     Column("benign NLL", lambda row: format_mean(row.get("metrics", {}).get("benign_nll"))),
     Column("trainable", _cost("trainable_parameters", format_count), is_cost=True),
-    Column("prepare", _cost("prepare_seconds", format_seconds), is_cost=True),
+    Column("prepare", _cost("prepare_seconds", _preparation), is_cost=True),
     Column("train", _cost("train_seconds", format_seconds), is_cost=True),
     Column("evaluate", _cost("evaluate_seconds", format_seconds), is_cost=True),
     Column("tokens/s", _cost("tokens_per_second", _speed), is_cost=True),
     Column("memory", _cost("peak_memory_mib", _memory), is_cost=True),
 )
-SHOWN_SECONDS = 1.0
-"""Of preparation; less is no cost."""
 _PREFILL = re.compile(r"prefill_(\d+)/attack_success")
 OPTIONAL_COLUMNS = frozenset({"harmful rate", "prepare"})
 """Left out when no row has them; the others show a dash."""
@@ -159,7 +163,7 @@ def row_cost(train: Mapping[str, Any] | None, evaluate: Mapping[str, Any] | None
     if train:
         cost["trainable_parameters"] = train["parameters"]["trainable"]
         # Mining, probing, caches: what a method does before the first step is part of its price.
-        if train["seconds"].get("prepare", 0.0) >= SHOWN_SECONDS:
+        if "prepare" in train["seconds"]:
             cost["prepare_seconds"] = train["seconds"]["prepare"]
         cost["train_seconds"] = train["seconds"]["train"]
         cost["tokens_per_second"] = train["tokens_per_second"].get("train")

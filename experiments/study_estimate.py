@@ -78,10 +78,10 @@ def estimate_cells(
     for cell in cells:
         seconds = 0.0
         known = rates.get(cell.model)
-        for key, rows, prompts in _work(cell.config):
-            if key not in seen and known is not None and cell.name not in done:
-                seconds += rows * known.seconds_per_row + prompts * known.seconds_per_prompt
-            seen.add(key)
+        for step in _work(cell.config):
+            if step.key not in seen and known is not None and cell.name not in done:
+                seconds += step.rows * known.seconds_per_row + step.prompts * known.seconds_per_prompt
+            seen.add(step.key)
         if cell.name in done:
             found.append(CellEstimate(cell.name, 0.0, None, True, is_finished=True))
         elif known is None:
@@ -215,26 +215,36 @@ def print_plan(estimates: Sequence[CellEstimate], console: Console, *, workers: 
 
 def training_keys(config: RunConfig) -> frozenset[str]:
     """Return a key for every stage a run trains, with all that led to it; runs that share a stage share its key."""
-    return frozenset(key for key, rows, _ in _work(config) if rows)
+    return frozenset(step.key for step in _work(config) if step.is_training)
 
 
-def _work(config: RunConfig) -> list[tuple[str, float, float]]:
-    """Return key, training rows and prompts of every step of a run; equal keys are one and the same step."""
+class _Step(NamedTuple):
+    key: str
+    rows: float
+    """Trained on."""
+    prompts: float
+    """Measured with."""
+    is_training: bool
+
+
+def _work(config: RunConfig) -> list[_Step]:
+    """Return every step of a run; equal keys are one and the same step."""
     chain: list[Any] = [to_plain(config.model)]
     prompts = _config_prompts(config)
     steps = []
     if "start" in config.evaluation_points():
-        steps.append((fingerprint(["evaluate", *chain]), 0.0, prompts))
+        steps.append(_Step(fingerprint(["evaluate", *chain]), 0.0, prompts, False))
     for name, stage in config.active_stages():
         settings = config.training(name)
         chain += [name, to_plain(stage), to_plain(settings), config.seed]
         rows = settings.max_steps * settings.batch_size if settings.max_steps is not None else 0
         if settings.max_epochs is not None:
-            counts = (stage.data.task_count, stage.data.safety_count, stage.data.benign_count)
+            data = stage.data
+            counts = (data.task_count, data.safety_count, data.benign_count, data.look_alikes_count)
             rows = settings.max_epochs * sum(count or 0 for count in counts)
-        steps.append((fingerprint(["train", *chain]), float(rows), 0.0))
+        steps.append(_Step(fingerprint(["train", *chain]), float(rows), 0.0, True))
         if name in config.evaluation_points():
-            steps.append((fingerprint(["evaluate", *chain]), 0.0, prompts))
+            steps.append(_Step(fingerprint(["evaluate", *chain]), 0.0, prompts, False))
     return steps
 
 

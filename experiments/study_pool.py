@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,18 +178,19 @@ def run_pool(
     for cell in cells:
         write_cell(cell, folder)
     waiting, running = list(cells), dict[str, tuple[StudyCell, Job]]()
-    trained = set[str]()
+    keys, trained = {cell.name: training_keys(cell.config) for cell in cells}, set[str]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                cell = waiting.pop(_next_cell(waiting, [one for one, _ in running.values()], trained))
+                cell = waiting.pop(_next_cell(waiting, running, keys, trained))
                 running[cell.name] = (cell, start(cell))
                 progress.put(cell.name, "running")
             for name, (cell, job) in list(running.items()):
                 if job.done():
                     del running[name]
-                    trained |= training_keys(cell.config)
-                    progress.put(name, _ending(cell, folder, job))
+                    ending = _ending(cell, folder, job)
+                    trained |= keys[name] if ending == "finished" else frozenset()
+                    progress.put(name, ending)
             progress.refresh()
             check()
             if running:
@@ -199,13 +200,15 @@ def run_pool(
             job.stop()
 
 
-def _next_cell(waiting: Sequence[StudyCell], running: Sequence[StudyCell], trained: Set[str]) -> int:
+def _next_cell(
+    waiting: Sequence[StudyCell], running: Collection[str], keys: Mapping[str, Set[str]], trained: Set[str]
+) -> int:
     """Return which cell comes next: the first that shares the fewest stages with those that are being trained.
 
     A cell that shares one would do nothing until the other has trained it.
     """
-    held = {key for cell in running for key in training_keys(cell.config)} - trained
-    shared = [len(held & training_keys(cell.config)) for cell in waiting]
+    held = {key for name in running for key in keys[name]} - trained
+    shared = [len(held & keys[cell.name]) for cell in waiting]
     return shared.index(min(shared))
 
 

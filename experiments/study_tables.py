@@ -61,7 +61,7 @@ def make_tables(study: StudyConfig, records: Sequence[dict[str, Any]], folder: P
     write_json(folder / TABLE_FILE, {**table, "folder": ".", "inputs": _inputs(study, records)})
     compared = comparison_markdown(table["comparison"])
     alarms = "".join(f"- {alarm}\n" for alarm in table["alarms"])
-    text = f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{alarms and alarms + chr(10)}{compared}"
+    text = f"# {table['name']}\n\n{markdown_table(table['rows'])}\n{alarms}{compared}"
     write_atomic(folder / "table.md", text)
     return {**table, "folder": str(folder)}
 

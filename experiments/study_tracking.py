@@ -21,7 +21,7 @@ __all__ = ["SCATTERS", "runs_table", "study_summary", "track_study", "tradeoff_t
 
 STAGE = "study"
 RATES = ("attack_success", "harmful_rate", "over_refusal", "task_accuracy", "refusal_rate")
-COSTS = ("train_seconds", "evaluate_seconds", "peak_memory_mib")
+COSTS = ("prepare_seconds", "train_seconds", "evaluate_seconds", "peak_memory_mib")
 SCATTERS: Mapping[str, tuple[str, str]] = {
     "tradeoff/utility": ("attack_success", "task_accuracy"),
     "tradeoff/over_refusal": ("attack_success", "over_refusal"),

@@ -45,7 +45,7 @@ OBJECTIVES = (
     Objective("attack_success", "attack success", False, 1.0, 0.0),
     Objective("over_refusal", "over-refusal", False, 1.0, 0.0),
     Objective("task_accuracy", "task accuracy", True, 0.0, 1.0),
-    Objective("cost/train_seconds", "training time", False),
+    Objective("cost/fit_seconds", "preparing and training", False),
 )
 """What methods are weighed on; those that were not measured are left out."""
 

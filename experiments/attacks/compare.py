@@ -129,9 +129,9 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     rows = comparison.rows
     titles = list(dict.fromkeys(title for row in rows for title in row.rates))
     lines = ["# Attacks compared", "", "Attack success with the whole budget, 95 % Wilson intervals.", ""]
-    cells = [_rate_cells(title, comparison) for title in titles]
+    cells, by_step = [_rate_cells(title, comparison) for title in titles], _step_cells(comparison)
     lines += _table(["attack", *(row.label for row in rows)], cells)
-    if any("†" in cell for row in cells for cell in row):
+    if any("†" in cell for row in [*cells, *by_step] for cell in row):
         lines += ["", "† The attacked model lost its utility; this does not count as broken open."]
     floor = "no floor" if comparison.floor is None else f"utility floor {comparison.floor:.0%}"
     lines += ["", f"## Worst case ({floor})", "", *(f"- {row.label}: {row.worst}." for row in rows), ""]
@@ -139,9 +139,9 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     lacking = [f"- {row.label} has no results of {', '.join(row.missing)}." for row in rows if row.missing]
     if lacking:
         lines += ["", "The worst cases are over each model's own attacks, which are not the same:", "", *lacking]
-    if any(row.steps for row in rows):
+    if by_step:
         head = ["attack", "steps", *(row.label for row in rows)]
-        lines += ["", "## After so many steps of training", "", *_table(head, _step_cells(comparison))]
+        lines += ["", "## After so many steps of training", "", *_table(head, by_step)]
     budget = [_budget_cells(curve, row.label) for row in rows for curve in row.curves]
     if budget:
         head = ["model", "attack", *(f"@{k}" for k in SHOWN_AT), "broken", "median held"]
@@ -237,9 +237,10 @@ def _rate_cells(title: str, comparison: AttackComparison) -> list[str]:
 
 def _step_cells(comparison: AttackComparison) -> list[list[str]]:
     rows = comparison.rows
-    keys = dict.fromkeys((title, step) for row in rows for title, rates in row.steps.items() for step in sorted(rates))
+    titles = dict.fromkeys(title for row in rows for title in row.steps)
+    steps = {title: sorted({step for row in rows for step in row.steps.get(title, {})}) for title in titles}
     found = []
-    for title, step in keys:
+    for title, step in ((name, at) for name in titles for at in steps[name]):
         rates = [row.steps.get(title, {}).get(step) for row in rows]
         cells = ["-" if rate is None else _rate_text(rate, comparison.floor) for rate in rates]
         found.append([title, str(step), *cells])

@@ -47,7 +47,7 @@ class Axis:
 AXES = (
     Axis("task_accuracy", "task accuracy (%)", True, " %"),
     Axis("over_refusal", "over-refusal (%)", False, " %"),
-    Axis("train_minutes", "training (minutes)", False, " min"),
+    Axis("fit_minutes", "preparing and training (minutes)", False, " min"),
 )
 SAFETY = Axis("attack_success", "attack success (%)", False, " %")
 

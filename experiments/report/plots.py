@@ -78,12 +78,12 @@ def _dots(cell: Cell) -> list[Dot]:
         row = cell.methods[variant.title]
         values = {key: _bounded(row["metrics"][key]) for key in _RATES if key in row["metrics"]}
         if row["cost"].get("train_seconds"):
-            values["train_minutes"] = (row["cost"]["train_seconds"] / 60, None, None)
+            values["fit_minutes"] = (_fit_minutes(row["cost"]), None, None)
         seeds = []
         for entry in variant.entries:
             own = {key: 100 * float(entry.metrics[key]["value"]) for key in _RATES if key in entry.metrics}
             if entry.cost.get("train_seconds"):
-                own["train_minutes"] = float(entry.cost["train_seconds"]) / 60
+                own["fit_minutes"] = _fit_minutes(entry.cost)
             seeds.append(own)
         found.append(
             Dot(
@@ -96,6 +96,11 @@ def _dots(cell: Cell) -> list[Dot]:
             )
         )
     return found
+
+
+def _fit_minutes(cost: Mapping[str, Any]) -> float:
+    """Return the minutes of the last stage, with what a method does before its first step."""
+    return (float(cost["train_seconds"]) + float(cost.get("prepare_seconds") or 0.0)) / 60
 
 
 def _bounded(metric: Mapping[str, Any]) -> tuple[float, float | None, float | None]:

@@ -79,7 +79,7 @@ def test_the_trade_off_names_the_tax_and_the_dominated() -> None:
     assert [objective["key"] for objective in group["tradeoff"]["objectives"]] == [
         "attack_success",
         "task_accuracy",
-        "cost/train_seconds",
+        "cost/fit_seconds",
     ]
 
 

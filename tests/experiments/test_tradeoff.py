@@ -54,9 +54,9 @@ def test_safety_tax() -> None:
 
 def test_methods_are_weighed_together() -> None:
     values = {
-        "LoRA": {"attack_success": 0.6, "over_refusal": 0.1, "task_accuracy": 0.9, "cost/train_seconds": 10.0},
-        "Safe": {"attack_success": 0.1, "over_refusal": 0.1, "task_accuracy": 0.88, "cost/train_seconds": 12.0},
-        "Bad": {"attack_success": 0.6, "over_refusal": 0.2, "task_accuracy": 0.7, "cost/train_seconds": 20.0},
+        "LoRA": {"attack_success": 0.6, "over_refusal": 0.1, "task_accuracy": 0.9, "cost/fit_seconds": 10.0},
+        "Safe": {"attack_success": 0.1, "over_refusal": 0.1, "task_accuracy": 0.88, "cost/fit_seconds": 12.0},
+        "Bad": {"attack_success": 0.6, "over_refusal": 0.2, "task_accuracy": 0.7, "cost/fit_seconds": 20.0},
         "Edit": {"attack_success": 0.3, "over_refusal": 0.1, "task_accuracy": 0.8},
     }
     found = analyse_tradeoff(values, reference="LoRA")
@@ -66,7 +66,7 @@ def test_methods_are_weighed_together() -> None:
     assert points["Safe"].safety_tax == pytest.approx(0.02 / 0.5)
     assert points["LoRA"].safety_tax is None
     assert points["Bad"].safety_tax is None
-    assert found.left_out == {"Edit": ("cost/train_seconds",)}
+    assert found.left_out == {"Edit": ("cost/fit_seconds",)}
     assert 0 < found.hypervolume < 1
 
 
