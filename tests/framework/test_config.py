@@ -61,7 +61,7 @@ def test_every_configuration_that_comes_with_the_project_loads() -> None:
         "recipe": 6,
         "study": 8,
         "sweep": 2,
-        "attack": 3,
+        "attack": 5,
         "method": len(known_methods()),
     }
 
