@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "local_model_hashes",
     "named_hashes",
     "resolved_methods",
+    "strings_in",
     "tokenizer_hashes",
     "versions",
     "without_later",
@@ -69,20 +70,35 @@ def embedded_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield every string in ``value`` that is not empty, keys of mappings left out.
+
+    Args:
+        value: settings as plain JSON types.
+
+    Example:
+        >>> list(strings_in({"a": ["x", 1, ""], "b": {"c": "y"}}))
+        ['x', 'y']
+    """
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings_in(item)
+    elif isinstance(value, str) and value:
+        yield value
+
+
 def content_hashes(value: Any) -> dict[str, str]:
     """Return the hash of every file that a string in ``value`` names, and of every file below a folder it names.
 
     Args:
         value: settings as plain JSON types.
     """
-    if isinstance(value, Mapping):
-        return {key: digest for item in value.values() for key, digest in content_hashes(item).items()}
-    if isinstance(value, (list, tuple)):
-        return {key: digest for item in value for key, digest in content_hashes(item).items()}
-    if not isinstance(value, str) or not value:
-        return {}
-    path = Path(value).expanduser()
-    return _tree_hashes(path, value)
+    found: dict[str, str] = {}
+    for text in strings_in(value):
+        found |= _tree_hashes(Path(text).expanduser(), text)
+    return found
 
 
 def named_hashes(config: Mapping[str, Any]) -> dict[str, str]:
@@ -159,18 +175,14 @@ def data_hashes(value: Any) -> dict[str, str]:
     Args:
         value: settings as plain JSON types.
     """
-    if isinstance(value, Mapping):
-        return {key: digest for item in value.values() for key, digest in data_hashes(item).items()}
-    if isinstance(value, (list, tuple)):
-        return {key: digest for item in value for key, digest in data_hashes(item).items()}
-    root = data_root()
-    if not isinstance(value, str) or not value or root is None or Path(value).expanduser().exists():
-        return {}
-    found: dict[str, str] = {}
-    for name in catalog_files(value) or [value]:
-        path = root / name
-        inside = path.is_file() or (path.is_dir() and path.resolve() != root.resolve())
-        found |= {f"{value}: {key}": digest for key, digest in _tree_hashes(path, name).items()} if inside else {}
+    root, found = data_root(), dict[str, str]()
+    for text in strings_in(value):
+        if root is None or Path(text).expanduser().exists():
+            continue
+        for name in catalog_files(text) or [text]:
+            path = root / name
+            inside = path.is_file() or (path.is_dir() and path.resolve() != root.resolve())
+            found |= {f"{text}: {key}": digest for key, digest in _tree_hashes(path, name).items()} if inside else {}
     return found
 
 

@@ -7,11 +7,11 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.fingerprints import content_hashes, data_hashes, tokenizer_hashes
+from experiments.fingerprints import content_hashes, data_hashes, strings_in, tokenizer_hashes
 from experiments.measure import image_hash
 from framework.examples import Prompt
 from framework.files import hash_file
@@ -58,11 +58,14 @@ def source_hashes(value: Any) -> dict[str, str]:
     Args:
         value: settings as plain JSON types.
     """
-    if isinstance(value, Mapping):
-        return {key: digest for item in value.values() for key, digest in source_hashes(item).items()}
-    if isinstance(value, (list, tuple)):
-        return {key: digest for item in value for key, digest in source_hashes(item).items()}
-    match = _OBJECT.fullmatch(value) if isinstance(value, str) else None
+    found: dict[str, str] = {}
+    for text in strings_in(value):
+        found |= _object_hashes(text)
+    return found
+
+
+def _object_hashes(text: str) -> dict[str, str]:
+    match = _OBJECT.fullmatch(text)
     module = sys.modules.get(match[1]) if match else None
     if match is None or module is None:
         return {}
@@ -71,7 +74,7 @@ def source_hashes(value: Any) -> dict[str, str]:
     owner = found if inspect.isclass(found) or inspect.isroutine(found) else type(found)
     names = {getattr(module, "__file__", None), getattr(sys.modules.get(owner.__module__), "__file__", None)}
     paths = sorted(Path(name) for name in names if name)
-    return {f"{value}: {path.name}": hash_file(path) for path in paths if path.is_file()}
+    return {f"{text}: {path.name}": hash_file(path) for path in paths if path.is_file()}
 
 
 def request_keys(requests: Sequence[Prompt]) -> list[tuple[str, ...]]:

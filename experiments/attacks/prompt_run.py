@@ -80,8 +80,7 @@ def run_prompt_attack(
     attack.start(requests, seed=settings.seed)
     attempts: list[Attempt] = []
     numbers: dict[str, int] = {}
-    asked: Counter[str] = Counter()
-    resumed = 0
+    asked, resumed = Counter[str](), 0
     while queries := attack.ask():
         _count(attack, queries, numbers, asked)
         known = transcript.take(queries)

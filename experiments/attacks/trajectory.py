@@ -389,8 +389,7 @@ def _fit(
     folder: Path,
 ) -> None:
     """Train; Ctrl-C is what it was, not the silent exit that Lightning makes of it."""
-    machine: Any = accelerator
-    run = RunConfig(name="attack", trainer=TrainerConfig(accelerator=machine))
+    run = RunConfig(name="attack", trainer=TrainerConfig(accelerator=accelerator))  # type: ignore[arg-type]
     callbacks = compose([], writers=[keeper])
     with quiet_lightning():
         trainer = build_trainer(run, settings, data, callbacks, logger=False, folder=folder, model=module.model)
