@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.measure import choice_items
-from experiments.statistics import holm, mcnemar_exact, paired_interval
+from experiments.statistics import compare_pair, holm
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, SeawallError
 from framework.evaluation.likelihood import ChoiceItem, score_choices
@@ -22,6 +22,9 @@ from framework.files import to_plain, write_json
 from framework.models import ModelSpec, load_model
 
 __all__ = ["compare_choices", "right_answers"]
+
+PAIRED = ("difference", "low", "high", "only_baseline", "only_candidate")
+"""What is kept of a comparison; questions are asked once, so it says nothing of seeds."""
 
 
 def right_answers(model: str, items: Sequence[ChoiceItem], *, system: str | None, batch_size: int = 16) -> list[int]:
@@ -56,21 +59,17 @@ def compare_choices(outcomes: dict[str, list[int]], *, baseline: str) -> dict[st
     """
     if len(outcomes) < 2:
         raise ConfigError(f"Expected a baseline and at least one other model, but got {', '.join(outcomes)}.")
-    first, rows = outcomes[baseline], []
-    tests = {name: mcnemar_exact(first, right) for name, right in outcomes.items() if name != baseline}
-    corrected = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
+    pairs = {
+        name: compare_pair(outcomes[baseline], right, with_hierarchical=False)
+        for name, right in outcomes.items()
+        if name != baseline
+    }
+    corrected = dict(zip(pairs, holm([pair.mcnemar_p for pair in pairs.values()]), strict=True))
+    rows = []
     for name, right in outcomes.items():
         row: dict[str, Any] = {"model": name, "right": sum(right), "questions": len(right)}
-        if name != baseline:
-            interval = paired_interval(first, right)
-            row |= {
-                "difference": (sum(right) - sum(first)) / len(right),
-                "low": interval.low,
-                "high": interval.high,
-                "only_baseline": sum(a > b for a, b in zip(first, right, strict=True)),
-                "only_candidate": sum(a < b for a, b in zip(first, right, strict=True)),
-                "p_holm": corrected[name],
-            }
+        if name in pairs:
+            row |= {key: getattr(pairs[name], key) for key in PAIRED} | {"p_holm": corrected[name]}
         rows.append(row)
     return {"baseline": baseline, "rows": rows}
 
