@@ -29,6 +29,8 @@ __all__ = [
 
 EMBEDDED = "embedded"
 """The name of the sets that come with the project."""
+MORE = "embedded_more"
+"""The embedded look-alikes for aligning, with 200 more of them."""
 JAILBREAK = "embedded_jailbreak"
 """The embedded harmful requests, each in every jailbreak template of its split (train for all but ``test``)."""
 
@@ -145,7 +147,7 @@ def look_alike_examples(name_or_path: str, *, seed: int = 0, count: int | None =
     """Return harmless requests in alarming words with answers.
 
     Args:
-        name_or_path: ``embedded`` (its look-alikes for aligning) or a file of pairs.
+        name_or_path: ``embedded`` (its 40 look-alikes for aligning), ``embedded_more`` (240), or a file of pairs.
         seed: decides which rows are taken.
         count: rows to take; None takes all.
 
@@ -153,8 +155,9 @@ def look_alike_examples(name_or_path: str, *, seed: int = 0, count: int | None =
         ConfigError: unknown name, or ``count`` is more than there are.
         DataError: the file cannot be read or a row has no reply.
     """
-    if name_or_path == EMBEDDED:
-        return _take(embedded_sets.look_alike_examples(), count, seed=seed, name=name_or_path)
+    if name_or_path in (EMBEDDED, MORE):
+        rows = embedded_sets.look_alike_examples(more=name_or_path == MORE)
+        return _take(rows, count, seed=seed, name=name_or_path)
     return benign_examples(name_or_path, seed=seed, count=count)
 
 

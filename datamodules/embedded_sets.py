@@ -121,9 +121,14 @@ def load_benign(split: str) -> list[Prompt]:
     return _prompts("benign", split, "benign")
 
 
-def look_alike_examples() -> list[Example]:
-    """Return the 40 look-alikes of split ``align`` with their helpful replies."""
-    return _answered("look_alikes", "align")
+def look_alike_examples(*, more: bool = False) -> list[Example]:
+    """Return the 40 look-alikes of split ``align`` with their helpful replies.
+
+    Args:
+        more: with 200 more, twenty of each type.
+    """
+    rows = _answered("look_alikes", "align")
+    return [*rows, *_answered("more_look_alikes", "align")] if more else rows
 
 
 def benign_examples(split: str = "align") -> list[Example]:

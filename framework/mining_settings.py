@@ -32,7 +32,7 @@ class MiningSettings:
     hard_rate: float = setting(0.25, rule=_INNER)
     """Harmful rate from which a prompt counts as hard; decides when ``adaptive`` may stop."""
     benign: list[str] = setting(factory=lambda: ["embedded_look_alikes", "embedded"], rule=NOT_EMPTY)
-    """Sets of harmless requests: ``embedded``, ``embedded_look_alikes``, other sets or files."""
+    """Sets of harmless requests: ``embedded``, ``embedded_look_alikes``, ``embedded_more``, other sets or files."""
     benign_prompts: int = setting(240, rule=COUNT)
     """Harmless prompts sampled, over all sets."""
     benign_wrapped: float = setting(0.5, rule=SHARE)

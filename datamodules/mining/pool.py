@@ -6,7 +6,14 @@ import random
 from collections.abc import Sequence
 
 from datamodules.catalog import EMBEDDED, evaluation_prompts, find_examples, known_prompt_sets
-from datamodules.embedded_sets import JailbreakTemplate, load_benign, load_harmful, load_look_alikes, load_templates
+from datamodules.embedded_sets import (
+    JailbreakTemplate,
+    load_benign,
+    load_harmful,
+    load_look_alikes,
+    load_templates,
+    look_alike_examples,
+)
 from framework.errors import ConfigError
 from framework.examples import Prompt, PromptKind
 
@@ -37,7 +44,8 @@ def benign_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) 
     """Return ``count`` harmless prompts, each set giving as many; arguments and errors as ``harmful_pool``.
 
     Args:
-        names: ``embedded`` (ordinary instructions), ``embedded_look_alikes``, known sets, or files.
+        names: ``embedded`` (ordinary instructions), ``embedded_look_alikes``, ``embedded_more`` (240 look-alikes),
+            known sets, or files.
         count: prompts in all.
         wrapped: share of them in a template.
         seed: decides which.
@@ -148,6 +156,8 @@ def _benign_set(name: str, *, seed: int) -> list[Prompt]:
         return list(load_benign("align"))
     if name == "embedded_look_alikes":
         return list(load_look_alikes("align"))
+    if name == "embedded_more":
+        return [Prompt(row.id, row.prompt, "benign", row.category) for row in look_alike_examples(more=True)]
     if name in known_prompt_sets("over_refusal"):
         return evaluation_prompts(name, kind="over_refusal")
     rows = find_examples("benign", name, seed=seed)

@@ -166,3 +166,4 @@ def test_known_pair_sets_are_those_that_are_found():
 def test_embedded_look_alikes_alone():
     assert {row.id for row in look_alike_examples("embedded")} < {row.id for row in benign_examples("embedded")}
     assert len(look_alike_examples("embedded", count=7)) == 7
+    assert len(look_alike_examples("embedded_more")) == len(look_alike_examples("embedded")) + 200

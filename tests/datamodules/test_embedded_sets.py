@@ -25,7 +25,7 @@ from datamodules.embedded_sets import (
 from framework.errors import ConfigError, DataError
 from framework.examples import Prompt
 
-FILES = ("benign", "harmful", "jailbreak_templates", "look_alikes", "refusals")
+FILES = ("benign", "harmful", "jailbreak_templates", "look_alikes", "more_look_alikes", "refusals")
 EVALUATION_FILES = (
     ("advbench/harmful_behaviors.csv", "goal"),
     ("xstest/xstest_prompts.csv", "prompt"),
@@ -74,6 +74,7 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
     [
         ("harmful", {"align": 120, "poison": 80, "validation": 40, "test": 80}),
         ("look_alikes", {"align": 40, "validation": 20, "test": 60}),
+        ("more_look_alikes", {"align": 200}),
         ("benign", {"align": 260, "validation": 48}),
         ("jailbreak_templates", {"train": 8, "test": 4}),
     ],
@@ -101,7 +102,7 @@ def test_openings_of_harmful_test_requests_occur_in_align() -> None:
 
 
 def test_harmful_and_look_alike_requests_are_one_short_sentence() -> None:
-    for row in read("harmful") + read("look_alikes"):
+    for row in read("harmful") + read("look_alikes") + read("more_look_alikes"):
         assert 4 <= len(row["text"].split()) <= 20, row
         assert "\n" not in row["text"]
         assert len(re.findall(r"[.?!](?=\s)", row["text"])) == 0, row
@@ -115,11 +116,13 @@ def test_look_alike_types_are_balanced_in_every_split() -> None:
         "test": {6},
     }
     assert len(counts) == 30
+    more = Counter(row["category"] for row in read("more_look_alikes"))
+    assert more == dict.fromkeys({category for _, category in counts}, 20)
 
 
 def test_ids_are_unique_over_all_files() -> None:
     ids = [row["id"] for name in FILES for row in read(name)]
-    assert len(ids) == len(set(ids)) == 808
+    assert len(ids) == len(set(ids)) == 1008
 
 
 def test_no_text_occurs_twice() -> None:
@@ -130,7 +133,7 @@ def test_no_text_occurs_twice() -> None:
 def test_no_near_duplicates_between_splits_or_sets() -> None:
     rows = [
         (name, row["split"], row["text"], trigrams(row["text"]))
-        for name in ("harmful", "look_alikes", "benign")
+        for name in ("harmful", "look_alikes", "more_look_alikes", "benign")
         for row in read(name)
     ]
     near = [
@@ -141,10 +144,10 @@ def test_no_near_duplicates_between_splits_or_sets() -> None:
     assert near == []
 
 
-@pytest.mark.parametrize(("name", "limit"), [("benign", 40), ("look_alikes", 35)])
+@pytest.mark.parametrize(("name", "limit"), [("benign", 40), ("look_alikes", 35), ("more_look_alikes", 35)])
 def test_replies_are_short_and_do_not_refuse(name: str, limit: int) -> None:
     replies = [row["reply"] for row in read(name) if "reply" in row]
-    assert len(replies) == {"benign": 308, "look_alikes": 40}[name]
+    assert len(replies) == {"benign": 308, "look_alikes": 40, "more_look_alikes": 200}[name]
     for reply in replies:
         assert 1 <= len(reply.split()) <= limit, reply
         assert not reply.startswith(REFUSAL_OPENINGS)
@@ -191,7 +194,9 @@ def test_loaders_give_the_right_kinds() -> None:
     assert {p.kind for p in load_look_alikes("test") + load_benign("validation")} == {"benign"}
     assert {e.kind for e in look_alike_examples() + benign_examples()} == {"benign"}
     assert [e.id for e in benign_examples()] == [p.id for p in load_benign("align")]
-    assert all(e.reply and e.messages[-1].role == "user" for e in look_alike_examples())
+    assert all(e.reply and e.messages[-1].role == "user" for e in look_alike_examples(more=True))
+    assert [e.id for e in look_alike_examples(more=True)][:40] == [e.id for e in look_alike_examples()]
+    assert len(look_alike_examples(more=True)) == 240
 
 
 @pytest.mark.parametrize("per_prompt", [1, 3, 48])
@@ -246,7 +251,7 @@ def test_no_prompt_is_in_a_public_evaluation_set(real_data: Path, path: str, col
     with (real_data / path).open(encoding="utf-8", newline="") as handle:
         public = {normalise(row[column]) for row in csv.DictReader(handle)}
     assert len(public) >= 50
-    own = {normalise(row["text"]) for name in ("harmful", "look_alikes", "benign") for row in read(name)}
+    own = {normalise(row["text"]) for name in ("harmful", "look_alikes", "more_look_alikes", "benign") for row in read(name)}
     assert own & public == set()
 
 

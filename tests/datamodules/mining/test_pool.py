@@ -97,7 +97,7 @@ def test_sets_held_out_to_measure_with_are_refused():
 def test_no_held_out_request_or_template_is_mined():
     names = {name for name in known_prompt_sets("safety") if name.startswith("embedded")} - {"embedded_jailbreak"}
     found = harmful_pool([*names, "embedded_poison"], count=200, wrapped=0.5, seed=0)
-    found += benign_pool(["embedded", "embedded_look_alikes"], count=200, wrapped=0.5, seed=0)
+    found += benign_pool(["embedded", "embedded_look_alikes", "embedded_more"], count=200, wrapped=0.5, seed=0)
     assert not [prompt.id for prompt in found if "template-test" in prompt.id]
     held_out = {prompt.id for prompt in (*load_harmful("test"), *load_look_alikes("test"))}
     assert not {base(prompt) for prompt in found} & held_out
