@@ -25,9 +25,11 @@ from framework.errors import ConfigError, WiringError, describe_unknown
 from framework.method import Method
 from framework.registry import register_method
 
-__all__ = ["LayerFreezing", "LayerFreezingConfig", "chosen_layers", "is_layer", "layer_of"]
+__all__ = ["LayerFreezing", "LayerFreezingConfig", "chosen_layers", "layer_of"]
 
 Freeze = Literal["bottom", "top", "listed"]
+_SIGHT = re.compile(r"(?:^|\.)(?:vision|visual|image|audio)\w*\.")
+"""An image-text model numbers the layers that see apart from those that read and write."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
 
@@ -74,25 +76,15 @@ class LayerFreezingConfig:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer a parameter belongs to, None outside the layers.
+    """Return the number of the text layer a parameter belongs to, None outside those layers.
 
     Example:
         >>> layer_of("model.layers.11.mlp.up_proj.weight"), layer_of("lm_head.weight")
         (11, None)
+        >>> layer_of("model.vision_model.encoder.layers.3.mlp.fc1.weight")
     """
-    found = _LAYER.search(name)
+    found = None if _SIGHT.search(name) else _LAYER.search(name)
     return int(found[1]) if found else None
-
-
-def is_layer(name: str) -> bool:
-    """Return whether a module's name is that of a whole layer.
-
-    Example:
-        >>> is_layer("model.layers.11"), is_layer("model.layers.11.mlp.experts.3")
-        (True, False)
-    """
-    found = _LAYER.search(f"{name}.")
-    return found is not None and found.end() == len(name) + 1
 
 
 def chosen_layers(present: set[int], config: LayerFreezingConfig) -> set[int]:

@@ -31,10 +31,11 @@ from torch import nn
 
 from framework.errors import ConfigError, WiringError
 from framework.files import fingerprint, read_json, write_json
+from framework.layer_states import numbered_layers
 from framework.method import Method, MethodStore
 from framework.model_files import model_fingerprint
 from framework.registry import register_method
-from methods.layer_freezing import is_layer, layer_of
+from methods.layer_freezing import layer_of
 
 __all__ = ["SPPFT", "SPPFTConfig", "layer_gaps", "safety_layers"]
 
@@ -190,7 +191,7 @@ def _last_states(model: nn.Module, prompts: list[list[int]]) -> torch.Tensor:
         seen.append(state[0, -1].double().cpu())
 
     # Hooks of our own: transformers leaves those behind `output_hidden_states` on the model.
-    hooks = [module.register_forward_hook(keep) for module in _layers(model)]
+    hooks = [module.register_forward_hook(keep) for module in numbered_layers(model, method="sppft")]
     try:
         for ids in prompts:
             seen.clear()
@@ -201,20 +202,6 @@ def _last_states(model: nn.Module, prompts: list[list[int]]) -> torch.Tensor:
             hook.remove()
         model.train(was_training)
     return torch.stack(states)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that are one numbered layer each, in the order they stand.
-
-    Raises:
-        WiringError: there are none.
-    """
-    found = [module for name, module in model.named_modules() if is_layer(name)]
-    if not found:
-        raise WiringError(
-            "Method `sppft` needs numbered layers, but no module of the model is one. Use another method."
-        )
-    return found
 
 
 def _angles(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,11 @@ def test_no_prompt_is_in_a_public_evaluation_set(real_data: Path, path: str, col
     with (real_data / path).open(encoding="utf-8", newline="") as handle:
         public = {normalise(row[column]) for row in csv.DictReader(handle)}
     assert len(public) >= 50
-    own = {normalise(row["text"]) for name in ("harmful", "look_alikes", "more_look_alikes", "benign") for row in read(name)}
+    own = {
+        normalise(row["text"])
+        for name in ("harmful", "look_alikes", "more_look_alikes", "benign")
+        for row in read(name)
+    }
     assert own & public == set()
 
 

@@ -36,6 +36,9 @@ def test_settings_that_make_no_sense_are_refused(settings, text):
         ("transformer.h.12.attn.c_attn.weight", 12),
         ("encoder.layer.0.output.weight", 0),
         ("model.embed_tokens.weight", None),
+        ("model.vision_model.encoder.layers.3.mlp.fc1.weight", None),
+        ("model.visual.blocks.2.attn.qkv.weight", None),
+        ("model.text_model.layers.1.mlp.up_proj.weight", 1),
         ("model.norm.weight", None),
     ],
 )

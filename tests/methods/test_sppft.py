@@ -8,10 +8,11 @@ from framework.chat import ChatEncoder
 from framework.composition import prepare_methods
 from framework.errors import ConfigError, WiringError
 from framework.examples import Example, Turn
-from methods.sppft import SPPFT, SPPFTConfig, layer_gaps, safety_layers
+from methods.sppft import SPPFT, SPPFTConfig, _last_states, layer_gaps, safety_layers
 from tests.conftest import make_tokenizer
 from tests.methods.asft.aligned_pair import make_aligned
 from tests.tiny_runs import make_lora, run_fit
+from tests.tiny_vision import make_image_text_model
 
 
 def prompts(texts, reply="ok"):
@@ -113,3 +114,11 @@ def test_what_cannot_be_scanned_is_refused(store, data):
         prepare_methods([method], torch.nn.Linear(2, 2), data, store)
     with pytest.raises(WiringError, match=r"has not scanned the layers yet\. Call `prepare_methods"):
         method.select_parameters(frozenset(["model.layers.0.x"]))
+
+
+def test_of_an_image_text_model_the_text_layers_are_scanned():
+    model = make_image_text_model()
+    config = model.config.text_config
+    states = _last_states(model, [[1, 2, 3], [4, 5]])
+    assert states.shape == (2, config.num_hidden_layers, config.hidden_size)
+    assert model.config.vision_config.num_hidden_layers > 0
