@@ -21,6 +21,7 @@ __all__ = [
     "evaluation_prompts",
     "find_examples",
     "harmful_examples",
+    "known_look_alike_sets",
     "known_pair_sets",
     "known_prompt_sets",
     "look_alike_examples",
@@ -81,6 +82,11 @@ _PAIR_FILES: Mapping[CatalogKind, Mapping[str, str]] = {
 def known_pair_sets(kind: CatalogKind) -> list[str]:
     """Return the names of training pairs of ``kind``; harmful ones have no embedded set."""
     return [*([] if kind == "harmful" else [EMBEDDED]), *sorted(_PAIR_FILES[kind])]
+
+
+def known_look_alike_sets() -> list[str]:
+    """Return the names that ``look_alike_examples`` takes."""
+    return [EMBEDDED, MORE, *sorted(_PAIR_FILES["benign"])]
 
 
 def known_prompt_sets(kind: EvaluationKind) -> list[str]:

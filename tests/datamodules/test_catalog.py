@@ -8,6 +8,7 @@ from datamodules.catalog import (
     evaluation_prompts,
     find_examples,
     harmful_examples,
+    known_look_alike_sets,
     known_pair_sets,
     known_prompt_sets,
     look_alike_examples,
@@ -166,4 +167,5 @@ def test_known_pair_sets_are_those_that_are_found():
 def test_embedded_look_alikes_alone():
     assert {row.id for row in look_alike_examples("embedded")} < {row.id for row in benign_examples("embedded")}
     assert len(look_alike_examples("embedded", count=7)) == 7
+    assert known_look_alike_sets() == ["embedded", "embedded_more", "aisafetylab", "dolly"]
     assert len(look_alike_examples("embedded_more")) == len(look_alike_examples("embedded")) + 200
