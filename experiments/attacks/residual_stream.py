@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from framework.errors import WiringError
+from framework.layer_states import numbered_layers
 from framework.parameters import clean_name
 from framework.weight_files import linear_weights
-from methods.layer_freezing import is_layer, layer_of
+from methods.layer_freezing import layer_of
 
 __all__ = [
     "Padded",
@@ -63,10 +64,10 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         WiringError: no module is a numbered layer.
     """
-    found = [module for name, module in model.named_modules() if is_layer(clean_name(f"{name}.").rstrip("."))]
-    if not found:
-        raise WiringError("Expected `model` to have numbered layers, but got none. Leave the attack out.")
-    return found
+    try:
+        return numbered_layers(model, method="refusal_direction")
+    except WiringError as error:
+        raise WiringError("Expected `model` to have numbered layers, but got none. Leave the attack out.") from error
 
 
 def find_writers(model: nn.Module) -> list[Writer]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from experiments.attacks.suite import load_suite
+from experiments.commands.output import known_names
 from experiments.sweep import SweepOptions, check_sweep
 from experiments.sweep_files import load_sweep
 from framework.config import (
@@ -45,18 +46,19 @@ def problems_of(recipe: Path, *overrides: str, **options: Any) -> list[str]:
 
 def test_every_configuration_that_comes_with_the_project_loads() -> None:
     files = sorted(CONFIG_FOLDER.rglob("*.yaml"))
+    checks: dict[str, Any] = {"known": known_names(), "validate_methods": validate_methods}
     for path in files:
         if path.parent.name == "study":
-            assert study_cells(load_study_config(path))
+            assert study_cells(load_study_config(path), **checks)
         elif path.parent.name == "method":
             assert list(method_settings(path.stem)) == [path.stem]
-            assert load_run_config("quickstart", [f"method={path.stem}"], validate_methods=validate_methods)
+            assert load_run_config("quickstart", [f"method={path.stem}"], **checks)
         elif path.parent.name == "sweep":
-            assert check_sweep(load_sweep(path), SweepOptions(), validate_methods=validate_methods)
+            assert check_sweep(load_sweep(path), SweepOptions(), **checks)
         elif path.parent.name == "attack":
             assert load_suite(str(path))[1]
         else:
-            assert load_run_config(path).name == path.stem
+            assert load_run_config(path, **checks).name == path.stem
     assert Counter(path.parent.name for path in files) == {
         "recipe": 6,
         "study": 8,
