@@ -31,7 +31,7 @@ class MiningSettings:
     """Stop sampling a harmful prompt once it is clear what fixed ``rollouts`` would make of it."""
     hard_rate: float = setting(0.25, rule=_INNER)
     """Harmful rate from which a prompt counts as hard; decides when ``adaptive`` may stop."""
-    benign: list[str] = setting(factory=lambda: ["embedded_look_alikes", "embedded"], rule=NOT_EMPTY)
+    benign: list[str] = setting(factory=lambda: ["embedded_more", "embedded"], rule=NOT_EMPTY)
     """Sets of harmless requests: ``embedded``, ``embedded_look_alikes``, ``embedded_more``, other sets or files."""
     benign_prompts: int = setting(240, rule=COUNT)
     """Harmless prompts sampled, over all sets."""
