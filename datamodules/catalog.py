@@ -31,7 +31,7 @@ __all__ = [
 EMBEDDED = "embedded"
 """The name of the sets that come with the project."""
 MORE = "embedded_more"
-"""The embedded look-alikes for aligning, with 200 more of them."""
+"""The embedded harmful requests and look-alikes for aligning, with 100 and 200 more of them."""
 JAILBREAK = "embedded_jailbreak"
 """The embedded harmful requests, each in every jailbreak template of its split (train for all but ``test``)."""
 
@@ -81,7 +81,8 @@ _PAIR_FILES: Mapping[CatalogKind, Mapping[str, str]] = {
 
 def known_pair_sets(kind: CatalogKind) -> list[str]:
     """Return the names of training pairs of ``kind``; harmful ones have no embedded set."""
-    return [*([] if kind == "harmful" else [EMBEDDED]), *sorted(_PAIR_FILES[kind])]
+    own = {"safety": [EMBEDDED, MORE], "benign": [EMBEDDED], "harmful": []}[kind]
+    return [*own, *sorted(_PAIR_FILES[kind])]
 
 
 def known_look_alike_sets() -> list[str]:
@@ -111,7 +112,8 @@ def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -
     """Return harmful requests with refusals.
 
     Args:
-        name_or_path: ``embedded``, ``aisafetylab``, ``safety_tuned_llamas``, or a file of pairs.
+        name_or_path: ``embedded`` (120 requests), ``embedded_more`` (220), ``aisafetylab``, ``safety_tuned_llamas``, or
+            a file of pairs.
         seed: decides which refusal answers which embedded request, and which rows are taken.
         count: rows to take; None takes one of each. The embedded set has several refusals for each request, so it
             can give more rows than requests.
@@ -120,12 +122,12 @@ def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -
         ConfigError: unknown name, or ``count`` is more than there are.
         DataError: the file cannot be read or a row has no reply.
     """
-    if name_or_path != EMBEDDED:
+    if name_or_path not in (EMBEDDED, MORE):
         return _take(_read_named(name_or_path, "safety"), count, seed=seed, name=name_or_path)
-    per_request = 1
+    more, per_request = name_or_path == MORE, 1
     if count is not None:
-        per_request = max(1, -(-count // len(embedded_sets.load_harmful("align"))))
-    rows = embedded_sets.refusal_examples("align", seed=seed, per_prompt=per_request)
+        per_request = max(1, -(-count // len(embedded_sets.load_harmful("align", more=more))))
+    rows = embedded_sets.refusal_examples("align", seed=seed, per_prompt=per_request, more=more)
     return _take(rows, count, seed=seed, name=name_or_path)
 
 
@@ -240,7 +242,7 @@ def _read_named(name_or_path: str, kind: CatalogKind) -> list[Example]:
     names = _PAIR_FILES[kind]
     if name_or_path in names:
         return read_pairs(find_file(names[name_or_path]), kind=cast(ExampleKind, kind))
-    known = [*names] if kind == "harmful" else [EMBEDDED, *names]
+    known = known_pair_sets(kind)
     return read_pairs(_find_path(name_or_path, kind, known), kind=cast(ExampleKind, kind))
 
 

@@ -90,15 +90,20 @@ def _answered(name: str, split: str) -> list[Example]:
     ]
 
 
-def load_harmful(split: str) -> list[Prompt]:
+def load_harmful(split: str, *, more: bool = False) -> list[Prompt]:
     """Return harmful requests: split ``align`` (120), ``poison`` (80), ``validation`` (40) or ``test`` (80).
 
     No topic occurs in two splits; the category is the hazard category.
 
+    Args:
+        split: which.
+        more: with 100 more; there are such for ``align`` alone.
+
     Raises:
         ConfigError: unknown split.
     """
-    return _prompts("harmful", split, "harmful")
+    prompts = _prompts("harmful", split, "harmful")
+    return [*prompts, *_prompts("more_harmful", split, "harmful")] if more else prompts
 
 
 def load_look_alikes(split: str) -> list[Prompt]:
@@ -145,7 +150,9 @@ def load_refusals() -> list[str]:
     return [row["text"] for row in _rows("refusals")]
 
 
-def refusal_examples(split: str = "align", *, seed: int, per_prompt: int = 1) -> list[Example]:
+def refusal_examples(
+    split: str = "align", *, seed: int, per_prompt: int = 1, more: bool = False
+) -> list[Example]:
     """Return each harmful request of ``split`` paired with ``per_prompt`` different refusals.
 
     Refusals are dealt like cards: the deck is shuffled by ``seed`` and dealt to its end before it is shuffled again, so
@@ -155,6 +162,7 @@ def refusal_examples(split: str = "align", *, seed: int, per_prompt: int = 1) ->
         split: a split of the harmful requests.
         seed: decides which refusal goes to which request.
         per_prompt: refusals per request; the k-th gets the id ``<request id>-refusal-<k>``.
+        more: as for ``load_harmful``.
 
     Raises:
         ConfigError: unknown split, or ``per_prompt`` below 1 or above the number of refusals.
@@ -165,7 +173,7 @@ def refusal_examples(split: str = "align", *, seed: int, per_prompt: int = 1) ->
             f"Expected `per_prompt` to be between 1 and {len(refusals)}, the number of refusals, "
             f"but got {per_prompt!r}."
         )
-    prompts = load_harmful(split)
+    prompts = load_harmful(split, more=more)
     dealt = _deal(refusals, rounds=len(prompts), hand=per_prompt, rng=random.Random(seed))
     return [
         Example(f"{prompt.id}-refusal-{k}", prompt.messages, refusal, "safety", prompt.category)

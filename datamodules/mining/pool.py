@@ -143,6 +143,8 @@ def _harmful_set(name: str) -> list[Prompt]:
     splits = {"embedded": "align", "embedded_poison": "poison"}
     if name in splits:
         return list(load_harmful(splits[name]))
+    if name == "embedded_more":
+        return load_harmful("align", more=True)
     if name in known_prompt_sets("safety") and name.startswith(EMBEDDED):
         raise ConfigError(
             f"Expected `harmful` to name sets to train on, but got {name!r}, whose prompts are held out for "
