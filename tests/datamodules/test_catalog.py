@@ -159,7 +159,17 @@ def test_real_pair_sets(real_data, monkeypatch, kind, name, rows):
     assert len(find_examples(kind, name, seed=0)) == rows
 
 
+def test_more_embedded_requests_give_a_refusal_for_each():
+    rows = safety_examples("embedded_more", seed=0, count=300)
+    assert len(rows) == 300
+    assert {row.prompt for row in safety_examples("embedded", seed=0)} < {
+        row.prompt for row in safety_examples("embedded_more", seed=0)
+    }
+    assert len(safety_examples("embedded_more", seed=0)) == 220
+
+
 def test_known_pair_sets_are_those_that_are_found():
+    assert known_pair_sets("safety") == ["embedded", "embedded_more", "aisafetylab", "safety_tuned_llamas"]
     assert known_pair_sets("benign") == ["embedded", "aisafetylab", "dolly"]
     assert known_pair_sets("harmful") == ["aisafetylab", "alpaca_mix", "pure_bad"]
 

@@ -25,7 +25,7 @@ from datamodules.embedded_sets import (
 from framework.errors import ConfigError, DataError
 from framework.examples import Prompt
 
-FILES = ("benign", "harmful", "jailbreak_templates", "look_alikes", "more_look_alikes", "refusals")
+FILES = ("benign", "harmful", "jailbreak_templates", "look_alikes", "more_harmful", "more_look_alikes", "refusals")
 EVALUATION_FILES = (
     ("advbench/harmful_behaviors.csv", "goal"),
     ("xstest/xstest_prompts.csv", "prompt"),
@@ -75,6 +75,7 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
         ("harmful", {"align": 120, "poison": 80, "validation": 40, "test": 80}),
         ("look_alikes", {"align": 40, "validation": 20, "test": 60}),
         ("more_look_alikes", {"align": 200}),
+        ("more_harmful", {"align": 100}),
         ("benign", {"align": 260, "validation": 48}),
         ("jailbreak_templates", {"train": 8, "test": 4}),
     ],
@@ -92,6 +93,15 @@ def test_harmful_topics_are_disjoint_and_every_category_is_in_every_split() -> N
         assert {row["category"] for row in rows if row["split"] == split} == categories
 
 
+def test_topics_of_the_requests_added_for_training_are_their_own() -> None:
+    added = Counter(row["topic"] for row in read("more_harmful"))
+    assert set(added.values()) == {4}
+    assert added.keys().isdisjoint({row["topic"] for row in read("harmful")})
+    assert [p.id for p in load_harmful("align", more=True)][:120] == [p.id for p in load_harmful("align")]
+    with pytest.raises(ConfigError, match="Embedded set 'more_harmful': Expected `split` to be one of align"):
+        load_harmful("test", more=True)
+
+
 def test_openings_of_harmful_test_requests_occur_in_align() -> None:
     def opening(prompt: Prompt) -> str:
         return prompt.text.split()[0]
@@ -102,7 +112,7 @@ def test_openings_of_harmful_test_requests_occur_in_align() -> None:
 
 
 def test_harmful_and_look_alike_requests_are_one_short_sentence() -> None:
-    for row in read("harmful") + read("look_alikes") + read("more_look_alikes"):
+    for row in read("harmful") + read("more_harmful") + read("look_alikes") + read("more_look_alikes"):
         assert 4 <= len(row["text"].split()) <= 20, row
         assert "\n" not in row["text"]
         assert len(re.findall(r"[.?!](?=\s)", row["text"])) == 0, row
@@ -122,7 +132,7 @@ def test_look_alike_types_are_balanced_in_every_split() -> None:
 
 def test_ids_are_unique_over_all_files() -> None:
     ids = [row["id"] for name in FILES for row in read(name)]
-    assert len(ids) == len(set(ids)) == 1008
+    assert len(ids) == len(set(ids)) == 1108
 
 
 def test_no_text_occurs_twice() -> None:
@@ -133,7 +143,7 @@ def test_no_text_occurs_twice() -> None:
 def test_no_near_duplicates_between_splits_or_sets() -> None:
     rows = [
         (name, row["split"], row["text"], trigrams(row["text"]))
-        for name in ("harmful", "look_alikes", "more_look_alikes", "benign")
+        for name in ("harmful", "more_harmful", "look_alikes", "more_look_alikes", "benign")
         for row in read(name)
     ]
     near = [
@@ -253,7 +263,7 @@ def test_no_prompt_is_in_a_public_evaluation_set(real_data: Path, path: str, col
     assert len(public) >= 50
     own = {
         normalise(row["text"])
-        for name in ("harmful", "look_alikes", "more_look_alikes", "benign")
+        for name in ("harmful", "more_harmful", "look_alikes", "more_look_alikes", "benign")
         for row in read(name)
     }
     assert own & public == set()
