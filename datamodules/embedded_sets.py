@@ -150,9 +150,7 @@ def load_refusals() -> list[str]:
     return [row["text"] for row in _rows("refusals")]
 
 
-def refusal_examples(
-    split: str = "align", *, seed: int, per_prompt: int = 1, more: bool = False
-) -> list[Example]:
+def refusal_examples(split: str = "align", *, seed: int, per_prompt: int = 1, more: bool = False) -> list[Example]:
     """Return each harmful request of ``split`` paired with ``per_prompt`` different refusals.
 
     Refusals are dealt like cards: the deck is shuffled by ``seed`` and dealt to its end before it is shuffled again, so

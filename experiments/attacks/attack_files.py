@@ -53,12 +53,14 @@ def read_attack_file(path: str | Path) -> AttackFile:
     """Return the attacks of a file.
 
     Args:
-        path: an ``attack.json``, or the folder it lies in.
+        path: an ``attack.json``, or the folder it lies in; ``LABEL=PATH`` gives the model another label.
 
     Raises:
         DataError: it is missing, is no such file, or holds no finished attack.
     """
-    given = Path(path)
+    named, equals, rest = str(path).partition("=")
+    has_label = bool(named and equals and rest) and "/" not in named and not Path(path).exists()
+    given = Path(rest if has_label else path)
     file = given / RESULTS_FILE if given.is_dir() else given
     try:
         raw = read_json(file)
@@ -74,7 +76,7 @@ def read_attack_file(path: str | Path) -> AttackFile:
         outcomes = [outcome_of(one) for one in raw["outcomes"]]
     except (TypeError, KeyError) as error:
         raise DataError(f"Expected every outcome in `{file}` to be complete, but got {error}.") from error
-    label = raw.get("model", {}).get("label") or file.parent.name
+    label = named if has_label else raw.get("model", {}).get("label") or file.parent.name
     failed = tuple(str(one.get("name")) for one in raw.get("failed", ()))
     return AttackFile(str(label), outcomes, raw.get("suite", {}), file, raw.get("measured_with"), failed)
 

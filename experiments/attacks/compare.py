@@ -82,7 +82,7 @@ def compare_attacks(
     """Return how models stand to each other under the attacks they have in common.
 
     Args:
-        files: at least one, of ``seawall attack``; their labels differ.
+        files: at least one, of ``seawall attack``, also as ``LABEL=FILE``; their labels differ.
         baseline: label of the model the others are compared with; None takes the first.
         floor: share of the unattacked model's utility below which an attack does not count; None takes the largest
             that the suites name.

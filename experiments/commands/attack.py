@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "suite", nargs="?", metavar="SUITE.yaml", help="a file, or a suite that comes with the project: small, full"
     )
     parser.add_argument(
-        "--compare", nargs="+", metavar="FILE", help="attack.json of several models, or their folders; runs nothing"
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="attack.json of several models, or their folders, also as LABEL=FILE; runs nothing",
     )
     parser.add_argument("--baseline", metavar="LABEL", help="with --compare: the undefended model (default: the first)")
     parser.add_argument("--floor", type=float, help="with --compare: share of the utility an attacked model must keep")
