@@ -20,8 +20,8 @@ class MiningSettings:
     """How prompts are mined; a method that mines derives its settings from these."""
 
     harmful: list[str] = setting(factory=lambda: ["embedded"], rule=NOT_EMPTY)
-    """Sets of harmful requests: ``embedded`` (those of the align split), ``embedded_more``, ``embedded_poison``, other sets
-    or files."""
+    """Sets of harmful requests: ``embedded`` (those of the align split), ``embedded_more``, ``embedded_poison``, other
+    sets or files."""
     prompts: int = setting(240, rule=COUNT)
     """Harmful prompts mined, over all sets, each a request in a jailbreak template."""
     wrapped: float = setting(1.0, rule=SHARE)
