@@ -15,6 +15,7 @@ from framework.examples import Example, ExampleKind, Prompt, PromptKind
 
 __all__ = [
     "EMBEDDED",
+    "MORE",
     "CatalogKind",
     "benign_examples",
     "catalog_files",

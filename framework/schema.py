@@ -117,7 +117,7 @@ class DataConfig(_Checked):
     harmful: str = setting("sampled", rule=NOT_EMPTY)
     """Where these come from: ``sampled`` from the unaligned model, or a file."""
     safety: str | None = None
-    """Harmful requests with refusals: ``embedded`` or a file."""
+    """Harmful requests with refusals: ``embedded``, ``embedded_more`` or a file."""
     safety_count: int | None = setting(None, rule=COUNT)
     """Rows of the safety part; null takes all."""
     benign: str | None = None
@@ -125,7 +125,8 @@ class DataConfig(_Checked):
     benign_count: int | None = setting(None, rule=COUNT)
     """Rows of the benign part; null takes all."""
     look_alikes: str | None = None
-    """Harmless requests in alarming words, with answers, on top of the benign part: ``embedded`` or a file."""
+    """Harmless requests in alarming words, with answers, on top of the benign part: ``embedded``, ``embedded_more`` or
+    a file."""
     look_alikes_count: int | None = setting(None, rule=COUNT)
     """Rows of this part; more than there are repeats them, null takes each once."""
 

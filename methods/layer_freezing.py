@@ -28,7 +28,7 @@ from framework.registry import register_method
 __all__ = ["LayerFreezing", "LayerFreezingConfig", "chosen_layers", "layer_of"]
 
 Freeze = Literal["bottom", "top", "listed"]
-_SIGHT = re.compile(r"(?:^|\.)(?:vision|visual|image|audio)\w*\.")
+_SIGHT = re.compile(r"(?:^|\.)(?:(?:vision|visual|image|audio|speech)\w*|qformer|\w*resampler)\.")
 """An image-text model numbers the layers that see apart from those that read and write."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
@@ -83,8 +83,10 @@ def layer_of(name: str) -> int | None:
         (11, None)
         >>> layer_of("model.vision_model.encoder.layers.3.mlp.fc1.weight")
     """
-    found = None if _SIGHT.search(name) else _LAYER.search(name)
-    return int(found[1]) if found else None
+    found = _LAYER.search(name)
+    if found is None or _SIGHT.search(name[: found.start() + 1]):
+        return None
+    return int(found[1])
 
 
 def chosen_layers(present: set[int], config: LayerFreezingConfig) -> set[int]:

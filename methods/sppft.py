@@ -150,6 +150,7 @@ class SPPFT(Method):
             "prompts": fingerprint([one[:length] for one in prompts]),
             "onset": self.config.onset,
             "plateau": self.config.plateau,
+            "layers": "text",
         }
         folder = store.artifacts.find(ARTEFACT, key)
         if folder is None:

@@ -27,7 +27,8 @@ def harmful_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int)
     """Return ``count`` harmful prompts, each set giving as many.
 
     Args:
-        names: ``embedded`` (the align split), ``embedded_poison``, known sets of harmful prompts, or files.
+        names: ``embedded`` (the align split), ``embedded_more``, ``embedded_poison``, known sets of harmful prompts, or
+            files.
         count: prompts in all; a request may come in several templates.
         wrapped: share of them in a template.
         seed: decides which.

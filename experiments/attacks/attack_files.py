@@ -59,8 +59,8 @@ def read_attack_file(path: str | Path) -> AttackFile:
         DataError: it is missing, is no such file, or holds no finished attack.
     """
     named, equals, rest = str(path).partition("=")
-    has_label = bool(named and equals and rest) and "/" not in named and not Path(path).exists()
-    given = Path(rest if has_label else path)
+    has_label = bool(named and equals and rest) and not Path(path).exists()
+    given = Path(rest).expanduser() if has_label else Path(path)
     file = given / RESULTS_FILE if given.is_dir() else given
     try:
         raw = read_json(file)

@@ -1,7 +1,7 @@
 """Several models under the same suite of attacks: one table, curves over the budget, worst cases, paired tests.
 
 Run: ``python -m experiments.attacks.compare FILE FILE ... [--baseline LABEL] [--output FOLDER]``. A file is the
-``attack.json`` of ``seawall attack``, or the folder it lies in.
+``attack.json`` of ``seawall attack``, or the folder it lies in; ``LABEL=FILE`` gives its model another name.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare results files; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.attacks.compare", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="attack.json of a model, or its folder")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="attack.json of a model, its folder, or LABEL=FILE")
     parser.add_argument("--baseline", metavar="LABEL", help="model the others are compared with (default: the first)")
     parser.add_argument("--floor", type=float, help="share of the utility an attacked model must keep")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write table, JSON and pictures here")

@@ -17,6 +17,7 @@ from torch import nn
 from framework.errors import WiringError
 from framework.layer_states import numbered_layers
 from framework.parameters import clean_name
+from framework.text_tower import is_image_text
 from framework.weight_files import linear_weights
 from methods.layer_freezing import layer_of
 
@@ -67,6 +68,8 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     try:
         return numbered_layers(model, method="refusal_direction")
     except WiringError as error:
+        if is_image_text(model):  # says itself what it lacks
+            raise
         raise WiringError("Expected `model` to have numbered layers, but got none. Leave the attack out.") from error
 
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from datamodules.catalog import EMBEDDED, MORE
 from datamodules.tasks import create_task
 from experiments.fingerprints import content_hashes, embedded_hash
 from experiments.measured_runs import ATTACKED, RATES, find_outcomes
@@ -223,7 +224,7 @@ def _provenance(config: RunConfig) -> list[dict[str, Any]]:
 
 def _content_hash(place: str | None) -> str | None:
     """Return the hash of a set's content: the embedded sets share one, a file or folder has its own; else None."""
-    if place == "embedded":
+    if place in (EMBEDDED, MORE):
         return embedded_hash()
     hashes = list(content_hashes(place).values())
     return hashes[0] if len(hashes) == 1 else None

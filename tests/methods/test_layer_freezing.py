@@ -38,7 +38,9 @@ def test_settings_that_make_no_sense_are_refused(settings, text):
         ("model.embed_tokens.weight", None),
         ("model.vision_model.encoder.layers.3.mlp.fc1.weight", None),
         ("model.visual.blocks.2.attn.qkv.weight", None),
+        ("qformer.encoder.layer.0.attention.query.weight", None),
         ("model.text_model.layers.1.mlp.up_proj.weight", 1),
+        ("model.language_model.layers.4.mlp.vision_moe.gate.weight", 4),
         ("model.norm.weight", None),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_label_falls_back_to_the_folder(tmp_path):
     path = write_attack_file(tmp_path / "mine", "", [outcome("quantise", [point([1])])])
     assert read_attack_file(path).label == "mine"
     assert read_attack_file(f"Plain LoRA={path}").label == "Plain LoRA"
-    assert read_attack_file(f"Plain LoRA={path.parent}").label == "Plain LoRA"
+    assert read_attack_file(f"org/plain={path.parent}").label == "org/plain"
     odd = write_attack_file(tmp_path / "rate=3", "own", [outcome("quantise", [point([1])])])
     assert read_attack_file(odd).label == read_attack_file(odd.parent).label == "own"
 
