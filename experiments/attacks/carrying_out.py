@@ -14,6 +14,7 @@ from typing import Any
 from experiments.attacks.attack_files import outcome_of
 from experiments.attacks.attack_keys import code_hash, model_key, request_keys, settings_files
 from experiments.attacks.attacked_models import MeasuredModel, ModelMeasure, utility_key, utility_metric
+from experiments.attacks.estimate import STEP_TOKENS, measuring_tokens
 from experiments.attacks.interface import (
     AttackedModel,
     AttackOutcome,
@@ -237,9 +238,10 @@ def _model_outcome(
     points: list[AttackPoint] = []
     costs: list[Mapping[str, Any]] = []
     tokens = 0
-    per_model = len(stage.requests) * stage.suite.max_new_tokens
-    for number, made in enumerate(attack.make(target, work)):
-        found = _measure(made, stage, plain, progress, number * per_model)
+    bar = _Bar(progress, measuring_tokens(stage.suite, len(stage.requests)))
+    for number, made in enumerate(attack.make(replace(target, on_step=bar.step), work)):
+        found = _measure(made, stage, bar)
+        bar.next_model()
         attempts = [_of_model(attempt, made, number) for attempt in found.attempts]
         transcript.add(attempts)
         point = reached(attempts, spent=made.spent, num_requests=len(stage.requests))
@@ -260,12 +262,36 @@ def _model_outcome(
     return _outcome(named, points, cost)
 
 
-def _measure(
-    made: AttackedModel, stage: Stage, plain: MeasuredModel, progress: Callable[[int], None] | None, before: int
-) -> MeasuredModel:
-    report = None if progress is None else (lambda done, _: progress(before + done))
+class _Bar:
+    """Work of a model attack in generated tokens, as its plan counts it: optimizer steps and measured models."""
+
+    def __init__(self, progress: Callable[[int], None] | None, per_model: int) -> None:
+        self._progress, self._per_model = progress, per_model
+        self._before = 0
+
+    def step(self) -> None:
+        """An optimizer step was made."""
+        self._before += STEP_TOKENS
+        self.replies(0)
+
+    def replies(self, tokens: int) -> None:
+        """So many tokens of the replies of the present model were granted."""
+        if self._progress is not None:
+            self._progress(self._before + min(tokens, self._per_model))
+
+    def next_model(self) -> None:
+        """The present model is measured."""
+        self._before += self._per_model
+        self.replies(0)
+
+
+def _measure(made: AttackedModel, stage: Stage, bar: _Bar) -> MeasuredModel:
     return stage.measure.measure(
-        made.folder, model_fingerprint(made.folder), system=made.system, template=made.template, progress=report
+        made.folder,
+        model_fingerprint(made.folder),
+        system=made.system,
+        template=made.template,
+        progress=lambda done, _: bar.replies(done),
     )
 
 

@@ -192,6 +192,8 @@ class ModelTarget:
     accelerator: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    on_step: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+    """Called after every optimizer step of an attack that trains, so that progress is seen meanwhile."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from datamodules.finetune import FineTuneDataModule
+from experiments.attacks.held_out_loss import MAX_LENGTH, mean_loss
 from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget
 from experiments.attacks.model_folders import (
     differs_from,
@@ -36,20 +37,17 @@ from experiments.attacks.model_folders import (
     save_exact,
 )
 from experiments.training import build_trainer, quiet_lightning
-from framework.batch import collate
 from framework.chat import ChatEncoder
 from framework.composition import compose
 from framework.config import AdapterConfig, RunConfig, TrainerConfig, TrainingConfig
 from framework.errors import ConfigError, TrainingError
 from framework.examples import Example
 from framework.fields import COUNT, COUNT_OR_ZERO, POSITIVE, check_instance, setting
-from framework.models import AdapterSpec, ModelSpec, add_adapter, choose_device, load_model, merge_adapter
-from framework.module import FineTuneModule, forward_reply_tokens
+from framework.models import AdapterSpec, ModelSpec, add_adapter, load_model, merge_adapter
+from framework.module import FineTuneModule
 from framework.parameters import nonfinite_names
 
 __all__ = ["FineTuningAttack", "FineTuningConfig", "Rows", "Snapshot", "export_step", "train_trajectory"]
-
-MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -223,10 +221,11 @@ class ConstantRate(FineTuneModule):
 class StepKeeper(Checkpoint):
     """Writes what is trained after certain steps."""
 
-    def __init__(self, steps: Sequence[int], folder: Path) -> None:
-        """Name the steps and the folder."""
+    def __init__(self, steps: Sequence[int], folder: Path, on_step: Callable[[], None] | None = None) -> None:
+        """Name the steps, the folder and who is told of every optimizer step."""
         super().__init__()
         self.kept: list[Snapshot] = []
+        self._on_step, self._told = on_step, 0
         self._steps, self._folder = frozenset(steps), folder
         self._before: tuple[float, int, int] = (time.perf_counter(), 0, 0)
 
@@ -235,6 +234,9 @@ class StepKeeper(Checkpoint):
     ) -> None:
         """Write after a wanted step, unless a weight is no longer finite."""
         step = trainer.global_step
+        if self._on_step is not None and step > self._told:  # not after every micro-batch
+            self._told = step
+            self._on_step()
         is_new = step > (self.kept[-1].step if self.kept else 0)
         if step not in self._steps or not is_new or nonfinite_names(pl_module):
             return
@@ -282,7 +284,7 @@ def train_trajectory(
         seed=target.seed,
     )
     data.add_source("attack", rows.examples)
-    keeper = StepKeeper(config.measured_steps, folder)
+    keeper = StepKeeper(config.measured_steps, folder, target.on_step)
     stopped = None
     with isolate_rng():
         pl.seed_everything(target.seed, workers=True, verbose=False)
@@ -328,31 +330,6 @@ def export_step(target: ModelTarget, snapshot: Snapshot, adapter: AdapterConfig,
             "Raise `learning_rates`, and check that `adapter.targets` names what should be trained.",
         )
     save_exact(replace(loaded, model=whole), folder)
-
-
-@torch.no_grad()
-def mean_loss(folder: Path, rows: Sequence[Example], target: ModelTarget, *, batch_size: int = 8) -> float:
-    """Return the mean negative log-likelihood a reply token of rows, in nats.
-
-    Args:
-        folder: the model.
-        rows: at least one.
-        target: says where and with which system message.
-        batch_size: rows of one forward pass.
-    """
-    loaded = load_exact(folder)
-    device = choose_device(target.accelerator)
-    model: Any = loaded.model.to(device)  # type: ignore[arg-type]
-    encoder = ChatEncoder(loaded.tokenizer, system=target.system)
-    pad_id: Any = loaded.tokenizer.pad_token_id
-    encoded = [encoder.encode_example(row, max_length=MAX_LENGTH) for row in rows]
-    total, tokens = 0.0, 0
-    for start in range(0, len(encoded), batch_size):
-        part = encoded[start : start + batch_size]
-        batch = collate(part, example_ids=range(len(part)), pad_id=pad_id, step_reply_tokens=1)
-        nll = forward_reply_tokens(model, batch.to(device)).nll
-        total, tokens = total + float(nll.double().sum()), tokens + nll.numel()
-    return total / tokens
 
 
 def adapter_spec(adapter: AdapterConfig) -> AdapterSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from experiments.attacks import attacked_models, carrying_out, interface
 from experiments.attacks.attack_files import read_attack_file
 from experiments.attacks.attacked_models import utility_metric, utility_share
 from experiments.attacks.carrying_out import carry_out, find_finished
+from experiments.attacks.estimate import STEP_TOKENS, plan_attacks
 from experiments.attacks.interface import AttackedModel, ModelAttack, register_attack
 from experiments.attacks.prompts.direct import DirectConfig
 from experiments.attacks.registry import known_attacks
@@ -21,8 +23,9 @@ from experiments.attacks.target import find_target
 from experiments.endpoint_artifacts import replace_artifact
 from framework.evaluation.metrics import Mean
 from framework.files import ArtifactStore
+from framework.models import model_fingerprint
 from tests.conftest import make_model
-from tests.experiments.attacks.tiny_targets import write_model
+from tests.experiments.attacks.tiny_targets import write_model, write_rows
 from tests.experiments.endpoint_server import HELPFUL, REFUSAL, Said, completion, serving
 
 SUITE = """
@@ -245,3 +248,17 @@ def test_a_finished_attack_on_an_endpoint_is_asked_again(here):
     assert found[0].folder != found[1].folder
     assert all((one.folder / "transcript.jsonl").is_file() for one in found)
     assert again is not None
+
+
+def test_progress_moves_with_every_optimizer_step_and_ends_at_the_plan(here, tmp_path):
+    model = write_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.json", [(f"Say {n}.", f"It is {n}.") for n in range(8)])
+    steps = "steps: [0, 2, 5], learning_rates: [0.02], examples: [8], batch_size: 4"
+    suite = here(f"harmful_finetuning: {{harmful: {rows}, {steps}}}")
+    prepared, granted = prepare_suite(str(model), suite), []
+    plain = prepared.stage.measure.measure(model, model_fingerprint(model))
+    carry_out(prepared.attacks[0], prepared.stage, plain=plain, progress=granted.append)
+    (plan,) = plan_attacks(prepared.stage.suite, prepared.attacks, len(prepared.stage.requests))
+    assert granted == sorted(granted)
+    assert granted[-1] == plan.tokens
+    assert sum(later - earlier == STEP_TOKENS for earlier, later in pairwise(granted)) == 5

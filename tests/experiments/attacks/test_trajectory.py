@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.attacks.held_out_loss import mean_loss
 from experiments.attacks.interface import ModelTarget
 from experiments.attacks.registry import create_attack
-from experiments.attacks.trajectory import Snapshot, StepKeeper, adapter_spec, export_step, mean_loss, train_trajectory
+from experiments.attacks.trajectory import Snapshot, StepKeeper, adapter_spec, export_step, train_trajectory
 from experiments.contract.tiny import make_model
 from framework.adapters import add_adapter
 from framework.config import AdapterConfig
