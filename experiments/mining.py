@@ -21,7 +21,7 @@ from datamodules.mining import (
     select_prompts,
     write_mined,
 )
-from experiments.progress import Steps
+from experiments.progress import Steps, TrainingProgress
 from experiments.run import artifact_store, set_threads
 from experiments.stages import ModelState, StageChain, Watch
 from framework.config import RunConfig, StageConfig
@@ -66,7 +66,7 @@ def mine_recipe(config: RunConfig, *, console: Console | None = None) -> dict[st
     with Steps(console or Console(stderr=True)) as steps:
         watch = Watch(
             progress=steps.task,
-            callbacks=lambda _: (),
+            callbacks=lambda stage: (TrainingProgress(steps, f"train {stage}"),),
             open_logger=lambda *_: False,
             close_logger=lambda _: None,
             say=steps.say,

@@ -48,7 +48,8 @@ tracking: {{wandb: "off"}}
 
 def test_a_recipe_is_mined_and_then_trained_on_what_was_found(recipe, tmp_path, capsys):
     assert cli.main(["mine", str(recipe)]) == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert "train align: 2/2" in progress
     assert "prompts break the model sometimes" in shown
     assert "harmful rollouts:" in shown
     summary = read_json(tmp_path / "runs" / "mined" / "mining.json")["summary"]
