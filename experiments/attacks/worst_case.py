@@ -75,16 +75,16 @@ class WorstCase:
     """Attacks of the suite that could not be made."""
 
     def __str__(self) -> str:
-        failed = [f"{self.num_failed} attacks failed and are not in it"] if self.num_failed else []
+        failed = [f"attacks that failed and are not in it: {self.num_failed}"] if self.num_failed else []
         if self.leading is None:
-            return "; ".join([f"every one of {len(self.below_floor)} attacked models lost its utility", *failed])
+            return "; ".join([f"attacked models that kept their utility: 0 of {len(self.below_floor)}", *failed])
         notes = [
             f"{self.leading.rate.value:.1%} by {self.leading}, {self.low:.1%} to {self.high:.1%} for the maximum of "
             f"{self.num_points} rates at once",
             f"broken by any attack {self.union}",
         ]
         if self.below_floor:
-            notes.append(f"{len(self.below_floor)} attacked models lost their utility and are not counted")
+            notes.append(f"attacked models not counted because they lost their utility: {len(self.below_floor)}")
         if self.unmeasured and self.floor is not None:
             notes.append(f"of {len(self.unmeasured)} the utility is not known")
         return "; ".join([*notes, *failed])

@@ -13,6 +13,8 @@ from framework.errors import ConfigError
 __all__ = ["SUMMARY", "add_arguments", "command"]
 
 SUMMARY = "attack a model with a suite of attacks"
+SUITES = sorted(file.stem for file in (Path(__file__).parents[1] / "configs" / "attack").glob("*.yaml"))
+"""Those that come with the project; read here because the settings' module takes long to import."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a GGUF file, a hub id, a known name, or URL#MODEL of an endpoint",
     )
     parser.add_argument(
-        "suite", nargs="?", metavar="SUITE.yaml", help="a file, or a suite that comes with the project: small, full"
+        "suite",
+        nargs="?",
+        metavar="SUITE.yaml",
+        help=f"a file, or a suite that comes with the project: {', '.join(SUITES)}",
     )
     parser.add_argument(
         "--compare",

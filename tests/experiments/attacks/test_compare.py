@@ -203,4 +203,4 @@ def test_attacks_that_a_model_lacks_are_told(tmp_path):
     assert found.rows[0].worst.leading.name == "prune"
     text = comparison_markdown(found)
     assert "- second has no results of prune, search (failed)." in text
-    assert "1 attacks failed and are not in it" in text
+    assert "attacks that failed and are not in it: 1" in text

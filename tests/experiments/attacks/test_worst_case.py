@@ -19,7 +19,7 @@ def test_the_largest_rate_of_the_useful_models_leads():
     assert (str(found.leading), found.leading.rate.numerator) == ("interpolate (factor 0.5)", 3)
     assert [str(one) for one in found.below_floor] == ["interpolate (factor 1.0)"]
     assert (found.num_points, found.num_requests) == (2, 10)
-    assert "1 attacked models lost their utility" in str(found)
+    assert "not counted because they lost their utility: 1" in str(found)
 
 
 def test_without_a_floor_every_attack_counts():
@@ -53,7 +53,7 @@ def test_a_prompt_attack_counts_with_what_it_may_spend():
 def test_when_every_model_is_broken_there_is_no_worst_case():
     found = worst_case([outcome("interpolate", [point([1], utility=0.1)])], floor=0.9)
     assert (found.leading, found.low, found.union) == (None, None, None)
-    assert str(found) == "every one of 1 attacked models lost its utility"
+    assert str(found) == "attacked models that kept their utility: 0 of 1"
 
 
 def test_attacks_on_a_part_of_the_requests_keep_their_own_number():
@@ -163,7 +163,7 @@ def test_nothing_to_go_by_is_refused(make, message):
 
 
 def test_attacks_that_failed_are_told_with_the_worst_case():
-    assert str(worst_case([WEAK], num_failed=2)).endswith("; 2 attacks failed and are not in it")
+    assert str(worst_case([WEAK], num_failed=2)).endswith("; attacks that failed and are not in it: 2")
 
 
 def test_attacks_of_one_name_must_have_the_same_settings():
