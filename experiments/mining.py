@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.mining import (
+    CLASSES,
     MinedPrompt,
     MinedSets,
     MiningSettings,
@@ -103,7 +104,7 @@ def mined_summary(mined: MinedSets, config: Any) -> dict[str, Any]:
         "rollouts": rollouts,
         "of_rollouts": len(counts) * config.rollouts,
         "harmful_rollouts": to_plain(Rate.of("harmful_rollouts", sum(one.harmful for one in counts), rollouts)),
-        "classes": {name: classes.count(name) for name in ("never", "easy", "hard", "always")},
+        "classes": {name: classes.count(name) for name in CLASSES},
         "eligible": len(mined.eligible),
         "cut_off_targets": sum(not target.finished for one in mined.eligible for target in one.targets),
         "targets": sum(len(one.targets) for one in mined.eligible),

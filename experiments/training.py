@@ -27,7 +27,7 @@ from datamodules.finetune import FineTuneDataModule
 from experiments.attempts import Attempt, Heartbeat, left_behind, open_attempt
 from experiments.launch import strategy_of
 from experiments.tracking import TrackedMetrics
-from framework.composition import apply_edits, compose, prepare_methods
+from framework.composition import apply_edits, check_edit_only, compose, prepare_methods
 from framework.config import RunConfig, StageConfig, TrainingConfig
 from framework.cost import CostLedger
 from framework.errors import ConfigError, TrainingError, WiringError
@@ -134,6 +134,8 @@ def _run_attempt(job: StageJob, attempt: Attempt, logger: Any) -> dict[str, Any]
     pl.seed_everything(seed, workers=True, verbose=False)
     model: nn.Module = add_adapter(loaded.model, _adapter_spec(job.settings))
     methods = create_methods(job.stage)
+    if not job.settings.has_training:
+        check_edit_only(methods)
     with ledger.measure("prepare"):
         main_first(lambda: prepare_methods(methods, model, job.datamodule, job.store))
     record: dict[str, Any] = {"stage": job.name, "seed": seed, "methods": to_plain(job.stage.methods)}

@@ -20,6 +20,7 @@ __all__ = [
     "StepContext",
     "apply_edits",
     "attach_loss_terms",
+    "check_edit_only",
     "check_manifest",
     "collect_loss_terms",
     "compose",
@@ -263,6 +264,24 @@ def prepare_methods(methods: Sequence[Method], model: nn.Module, datamodule: Any
         method.prepare(model, datamodule, store)
 
 
+def check_edit_only(methods: Sequence[Method]) -> None:
+    """Refuse methods that a stage without steps gives nothing to do; before ``prepare``, which may take long.
+
+    Args:
+        methods: of the stage.
+
+    Raises:
+        WiringError: a method that can only act in training.
+    """
+    for method in methods:
+        training_only = [point for point in method.points if point not in ("prepare", "edit_weights")]
+        if "edit_weights" not in method.points or training_only:
+            raise WiringError(
+                f"Method `{method.name}` acts in training (`{', '.join(training_only) or 'no point'}`), but this stage "
+                "has no steps. Give it `max_steps`, or remove the method."
+            )
+
+
 def apply_edits(model: nn.Module, methods: Sequence[Method], *, order: Sequence[str] = ()) -> None:
     """Run ``edit_weights`` of every method on a model that is not trained.
 
@@ -278,13 +297,7 @@ def apply_edits(model: nn.Module, methods: Sequence[Method], *, order: Sequence[
         WiringError: a method that can only act in training, or several methods without a declared order.
         NoEffectError: a method that changed nothing.
     """
-    for method in methods:
-        training_only = [point for point in method.points if point not in ("prepare", "edit_weights")]
-        if "edit_weights" not in method.points or training_only:
-            raise WiringError(
-                f"Method `{method.name}` acts in training (`{', '.join(training_only) or 'no point'}`), but this stage "
-                "has no steps. Give it `max_steps`, or remove the method."
-            )
+    check_edit_only(methods)
     for method in [callback for callback in compose(methods, order=order) if isinstance(callback, Method)]:
         method._edit(model)
         method.require_effect()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.mining.hardness import Hardness, Replay, StopRule, replay, settled_count
+from datamodules.mining.hardness import CLASSES, Hardness, Replay, StopRule, replay, settled_count
 from datamodules.mining.mine import Miner, mine_sets
 from datamodules.mining.mined_file import read_mined, write_mined
 from datamodules.mining.selection import MinedPrompt, MinedSets, select_prompts
@@ -10,6 +10,7 @@ from datamodules.mining.store import RolloutStore, StoredRollout
 from framework.mining_settings import MiningSettings
 
 __all__ = [
+    "CLASSES",
     "Hardness",
     "MinedPrompt",
     "MinedSets",

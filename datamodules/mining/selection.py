@@ -69,7 +69,9 @@ class MinedSets:
         """Harmful prompts that break the model sometimes and have a target."""
         return [mined for mined in self.harmful if mined.counts.is_eligible and mined.targets]
 
-    def rows(self, *, select: Select, count: int | None, share: float, seed: int) -> MinedRows:
+    def rows(
+        self, *, select: Select, count: int | None, share: float, seed: int, has_benign: bool = True
+    ) -> MinedRows:
         """Return the chosen harmful rows and all harmless ones.
 
         The target of a prompt depends on the seed and the prompt alone, so that two selections teach a prompt they
@@ -80,17 +82,19 @@ class MinedSets:
             count: as in ``select_prompts``.
             share: as in ``select_prompts``.
             seed: decides targets, the random choice, and the order of the harmless rows.
+            has_benign: whether harmless rows are wanted; without them it does not matter that all were refused.
 
         Raises:
             DataError: nothing is eligible, fewer prompts than ``count`` are, or no harmless prompt was answered.
         """
         chosen = select_prompts(self.harmful, select=select, count=count, share=share, seed=seed)
-        answered = [mined for mined in self.benign if mined.targets]
-        if self.benign and not answered:
+        benign = self.benign if has_benign else ()
+        answered = [mined for mined in benign if mined.targets]
+        if benign and not answered:
             raise DataError(
                 f"Expected the model to answer some of {len(self.benign)} harmless prompts, but got refusals or "
                 "degenerate replies only: there is nothing to learn from. Name other sets with `benign`, raise "
-                "`benign_rollouts` or `max_new_tokens`, or align the model less."
+                "`benign_rollouts` or `max_new_tokens`, align the model less, or set `ratio` to 0."
             )
         random.Random(f"benign order {seed}").shuffle(answered)
         return MinedRows(
@@ -103,22 +107,29 @@ def check_eligible(mined: Sequence[MinedPrompt]) -> list[MinedPrompt]:
     """Return the eligible prompts.
 
     Raises:
-        DataError: there are none; says whether the prompts never or always broke the model, and what to change.
+        DataError: there are none; says whether the prompts never or always broke the model or whether the judges do
+            not agree, and what to change.
     """
     found = [one for one in mined if one.counts.is_eligible and one.targets]
     if found:
         return found
-    never = sum(one.counts.harmful == 0 for one in mined)
-    always = sum(one.counts.harmful > 0 and one.counts.harmful == one.counts.total for one in mined)
-    unusable = len(mined) - never - always
+    kinds = [one.counts.prompt_class(0.0) for one in mined]
+    never, always, undecided = (kinds.count(kind) for kind in ("never", "always", "undecided"))
+    unusable = len(mined) - never - always - undecided
     if never == len(mined):
         got = f"all {never} never broke the model"
         remedy = "Name harder prompts with `harmful`, raise `rollouts` or `temperature`, or begin with a weaker model."
     elif always == len(mined):
         got = f"all {always} always broke the model, so there is no safe rollout to learn from"
         remedy = "Align the model first, raise `rollouts`, or name easier prompts with `harmful`."
+    elif undecided > never + always + unusable:
+        got = f"on {undecided} the judges do not agree, or the replies are degenerate"
+        remedy = "Name one judge, or an odd number of them, with `judges`, and look at the replies in the store."
     else:
-        got = f"{never} never broke the model, {always} always did, and {unusable} have no usable safe rollout"
+        got = (
+            f"{never} never broke the model, {always} always did, on {undecided} the judges do not agree, and "
+            f"{unusable} have no usable safe rollout"
+        )
         remedy = "Raise `rollouts`, name other prompts with `harmful`, or take any safe reply with `target: safe`."
     raise DataError(
         f"Expected some prompts that break the model sometimes, but got {len(mined)} of which {got}. {remedy}"

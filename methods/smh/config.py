@@ -86,6 +86,8 @@ class SMHConfig(MiningSettings):
         return self.ratio > 0 or self.balance == "controlled"
 
     def _between(self) -> Iterator[str]:
+        if self.mined is None and self.count is not None and self.count > self.prompts:
+            yield f"Expected `count` to be at most `prompts`, {self.prompts}, but got {self.count}. Raise `prompts`."
         if self.balance != "controlled":
             return
         if not 0 < self.ratio_low <= self.ratio <= self.ratio_high:

@@ -36,7 +36,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from framework.conductor import strategy_kind
-from framework.errors import ConfigError, WiringError
+from framework.errors import ConfigError, DataError, WiringError
 from framework.evaluation.generation import generate_replies
 from framework.evaluation.margin import refusal_margin
 from framework.evaluation.refusal_rules import is_refusal
@@ -63,6 +63,8 @@ class SMH(Method):
     def __init__(self, config: SMHConfig) -> None:
         """Keep the settings; rows come with ``prepare``."""
         super().__init__(config)
+        if self._is_controlled:  # it measures the whole model, which no process has where weights are cut
+            self.supports = frozenset({"single", "ddp"})
         self._rows: tuple[list[Example], list[Example]] | None = None
         self.decisions: list[Decision] = []
         """Every ratio the controller set, in order."""
@@ -82,7 +84,18 @@ class SMH(Method):
             artifacts=store.artifacts,
             target=given.target,
         )
-        rows = mined.rows(select=given.select, count=given.count, share=given.share, seed=datamodule.seed)
+        if given.needs_benign and not mined.benign:
+            raise DataError(
+                f"Expected `{given.mined or 'the mined prompts'}` to hold harmless prompts for `ratio` {given.ratio}, "
+                "but got none. Mine again with that ratio, or set `ratio` to 0."
+            )
+        rows = mined.rows(
+            select=given.select,
+            count=given.count,
+            share=given.share,
+            seed=datamodule.seed,
+            has_benign=given.needs_benign,
+        )
         self._rows = (rows.harmful, rows.benign)
         self.count("prompts_mined", len(mined.harmful))
         self.count("prompts_eligible", len(mined.eligible))
@@ -98,7 +111,6 @@ class SMH(Method):
             )
         harmful, benign = self._rows
         datamodule.add_source(HARMFUL, harmful)
-        self.count("rows_cut_off", sum(not row.is_complete for row in (*harmful, *benign)))
         num_benign = round(len(harmful) * self.config.ratio)
         if self.config.balance == "controlled":
             datamodule.add_source(BENIGN, benign)
@@ -158,11 +170,29 @@ class SMH(Method):
     def _ordered(self, rows: list[Example]) -> list[Example]:
         """Return the rows of one pass in training order; with a controlled ratio, all harmless rows stay at hand."""
         groups = self._groups(rows)
+        self._check_left(groups)
         order = initial_order(groups, ratio=self.config.ratio)
         if self._is_controlled:
             # Rows the first pass has no place for may be needed once the ratio rises.
             order += sorted(set(groups.benign) - set(order))
+        mined = set(order) - set(groups.others)
+        # Set, not added to: the rows are ordered anew whenever a source is added.
+        self.effects["rows_mixed_in"] = len(mined)
+        self.effects["rows_cut_off"] = sum(not rows[i].is_complete for i in mined)
         return [rows[i] for i in order]
+
+    def _check_left(self, groups: Groups) -> None:
+        """Refuse to train without what was mined, and count what the data module dropped."""
+        harmful, benign = self._rows or ([], [])
+        if harmful and not groups.harmful:
+            raise DataError(
+                f"Expected some of {len(harmful)} mined rows to fit, but got none: all are longer than `max_length` "
+                "and were dropped. Raise `max_length`, or set `overflow` to truncate_left."
+            )
+        num_benign = 0 if not self.config.needs_benign else len(benign)
+        if self.config.needs_benign and not self._is_controlled:
+            num_benign = min(num_benign, round(len(harmful) * self.config.ratio))
+        self.effects["rows_dropped"] = len(harmful) + num_benign - len(groups.harmful) - len(groups.benign)
 
     def _groups(self, rows: list[Example]) -> Groups:
         """Return the numbers of the rows by kind: harmful and harmless ones in the order they were chosen."""

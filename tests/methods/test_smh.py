@@ -184,6 +184,62 @@ def test_rows_that_are_too_long_are_dropped_before_the_rest_is_ordered(store, tm
     assert len(data.encoded) == len(data.rows)
 
 
+def long_file(tmp_path, which):
+    """Mined prompts, some of them longer than any row may be."""
+    path = tmp_path / "long.jsonl"
+    lines = [{**line, "prompt": "word " * 100 if which(line) else line["prompt"]} for line in MINED]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_rows_that_do_not_fit_are_counted_and_never_all_of_them(store, tmp_path):
+    data = make_data(max_length=120, overflow="drop")
+    method = SMH(SMHConfig(mined=long_file(tmp_path, lambda line: line["id"] == "harmful-1"), share=1.0))
+    prepare_methods([method], make_model(), data, store)
+    method.configure_data(data)
+    assert kinds(row.id for row in data.rows).replace("t", "") == "hbhbhbhb"
+    assert (method.effects["rows_dropped"], method.effects["rows_mixed_in"]) == (1, 8)
+    data = make_data(max_length=120, overflow="drop")
+    method = SMH(SMHConfig(mined=long_file(tmp_path, lambda line: line["kind"] == "harmful"), share=1.0))
+    prepare_methods([method], make_model(), data, store)
+    method.configure_data(data)
+    with pytest.raises(DataError, match=r"some of 5 mined rows to fit, but got none.*Raise `max_length`"):
+        data.rows  # noqa: B018
+
+
+def test_rows_that_are_not_mixed_in_are_not_counted_as_cut_off(store, tmp_path):
+    path = tmp_path / "cut.jsonl"
+    lines = [{**line, "targets": [[n, reply, False] for n, reply, _ in line["targets"]]} for line in MINED]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for ratio, expected in ((0.0, 4), (0.5, 6)):
+        method, data = SMH(SMHConfig(mined=str(path), count=4, ratio=ratio)), make_data()
+        prepare_methods([method], make_model(), data, store)
+        method.configure_data(data)
+        assert len(data.rows) == 12 + expected
+        assert method.effects["rows_cut_off"] == method.effects["rows_mixed_in"] == expected
+
+
+def test_harmless_prompts_matter_only_where_they_are_mixed_in(store, tmp_path):
+    path = tmp_path / "refused.jsonl"
+    lines = [{**line, "targets": [] if line["kind"] == "benign" else line["targets"]} for line in MINED]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare_methods([SMH(SMHConfig(mined=str(path), ratio=0.0))], make_model(), make_data(), store)
+    with pytest.raises(DataError, match=r"or set `ratio` to 0"):
+        prepare_methods([SMH(SMHConfig(mined=str(path)))], make_model(), make_data(), store)
+    path.write_text("".join(json.dumps(line) + "\n" for line in MINED if line["kind"] == "harmful"))
+    prepare_methods([SMH(SMHConfig(mined=str(path), ratio=0.0))], make_model(), make_data(), store)
+    with pytest.raises(DataError, match=r"refused.jsonl` to hold harmless prompts for `ratio` 1.0, but got none. Mine"):
+        prepare_methods([SMH(SMHConfig(mined=str(path)))], make_model(), make_data(), store)
+
+
+def test_settings_that_cannot_work_are_refused_before_anything_is_mined():
+    with pytest.raises(ConfigError, match=r"`count` to be at most `prompts`, 240, but got 500. Raise `prompts`"):
+        SMHConfig(count=500)
+    assert SMHConfig(count=500, mined="file.jsonl").count == 500
+    assert SMH(SMHConfig(balance="controlled")).supports == {"single", "ddp"}
+    assert "fsdp2" in SMH(SMHConfig()).supports
+
+
 def test_without_preparation_or_data_there_are_no_rows(mined, store):
     with pytest.raises(WiringError, match=r"has no mined rows yet. Call `prepare_methods"):
         SMH(SMHConfig(mined=mined)).configure_data(make_data())

@@ -18,9 +18,12 @@ def outcomes(text):
     ("text", "kind", "eligible"),
     [
         ("ssss", "never", False),
-        ("s---", "never", False),
+        ("ss--", "never", False),
+        ("s---", "undecided", False),
+        ("----", "undecided", False),
         ("hhhh", "always", False),
-        ("h---", "always", False),
+        ("hh--", "always", False),
+        ("h---", "undecided", False),
         ("hsss", "hard", True),
         ("hssss", "easy", True),
         ("hs--", "hard", True),
@@ -49,15 +52,19 @@ def test_a_fixed_number_takes_all():
 
 def test_sampling_stops_when_nothing_left_could_change_the_class():
     # Four harmful of sixteen are a quarter already; a safe reply makes the prompt eligible.
-    assert settled_count(outcomes("hhhhss" + "s" * 10), RULE._replace(confidence=0.999999)) == 6
+    rule = RULE._replace(certainty=1.0)
+    assert settled_count(outcomes("hhhhs" + "s" * 11), rule) == 5
+    assert settled_count(outcomes("hs" + "s" * 12), rule) == 14  # three of sixteen at most
 
 
-def test_sampling_stops_when_the_interval_settles_the_class():
+def test_sampling_stops_when_the_class_will_hardly_change():
     assert settled_count(outcomes("hhhs"), RULE) == 4
-    assert settled_count(outcomes("s" * 12), RULE) == 12
-    assert settled_count(outcomes("h" * 12), RULE) == 12
-    assert settled_count(outcomes("s" * 10), RULE) is None
     assert settled_count(outcomes("sshs"), RULE) is None
+    assert settled_count(outcomes("s" * 9), RULE) is None
+    assert settled_count(outcomes("s" * 10), RULE) == 10
+    assert settled_count(outcomes("h" * 12), RULE) is None
+    assert settled_count(outcomes("h" * 13), RULE) == 13
+    assert settled_count(outcomes("-" * 16), RULE) == 10
 
 
 def test_a_look_depends_on_the_rollouts_before_it_alone():
@@ -69,18 +76,32 @@ def test_a_look_depends_on_the_rollouts_before_it_alone():
         assert count in RULE.looks()
 
 
-@pytest.mark.parametrize("shape", [(0.4, 0.8), (1.0, 1.5), (2.0, 2.0)])
-def test_adaptive_sampling_agrees_as_well_as_fixed_sampling_with_itself(shape):
+def store_of(rates, rollouts, draw):
+    return {
+        f"p{number}": outcomes("".join("h" if draw.random() < rate else "s" for _ in range(rollouts)))
+        for number, rate in enumerate(rates)
+    }
+
+
+@pytest.mark.parametrize("most", [16, 32, 64])
+@pytest.mark.parametrize("shape", [(0.4, 0.8), (2.0, 2.0), (0.2, 2.0), None])
+def test_adaptive_sampling_agrees_as_well_as_fixed_sampling_with_itself(shape, most):
     draw = random.Random(1)
-    store = {}
-    for number in range(250):
-        rate = draw.betavariate(*shape)
-        store[f"p{number}"] = outcomes("".join("h" if draw.random() < rate else "s" for _ in range(32)))
-    found = replay(store, RULE, splits=20)
-    assert (found.most, found.num_prompts, found.num_splits) == (16, 250, 20)
-    assert found.agreement >= found.test_retest - 0.02
+    # None: half of the prompts never break the model, the others rarely do.
+    rates = [draw.betavariate(*shape) if shape else draw.betavariate(1, 6) * (draw.random() < 0.5) for _ in range(600)]
+    found = replay(store_of(rates, 2 * most, draw), RULE, splits=6)
+    assert (found.most, found.num_prompts, found.num_splits) == (most, 600, 6)
+    # The bound is 2 points; half a point is chance, with 3,600 draws.
+    assert found.agreement >= found.test_retest - 0.025
     assert found.rollouts <= 2 / 3
     assert found.same_rollouts > found.test_retest
+
+
+def test_a_rule_that_stops_too_early_is_caught():
+    draw = random.Random(1)
+    store = store_of([draw.betavariate(2, 2) for _ in range(400)], 64, draw)
+    found = replay(store, RULE._replace(certainty=0.6), splits=4)
+    assert found.agreement < found.test_retest - 0.025
 
 
 def test_a_rule_that_never_stops_early_agrees_as_fixed_does():

@@ -69,8 +69,14 @@ def test_more_than_there_are_cannot_be_chosen():
     [
         ([mined(i, 0) for i in range(3)], "got 3 of which all 3 never broke the model. Name harder prompts with `harm"),
         ([mined(i, 8) for i in range(3)], "all 3 always broke the model, so there is no safe rollout.*Align the model"),
-        ([mined(0, 0), mined(1, 8)], "of which 1 never broke the model, 1 always did, and 0 have no usable safe"),
-        ([mined(0, 4, targets=())], "0 never broke the model, 0 always did, and 1 have no usable safe rollout. Raise"),
+        (
+            [mined(0, 0), mined(1, 8)],
+            "of which 1 never broke the model, 1 always did, on 0 the judges do not agree, and 0 have no usable safe",
+        ),
+        (
+            [mined(0, 4, targets=())],
+            "0 never broke the model, 0 always did, on 0 the judges do not agree, and 1 have no usable safe rollout.",
+        ),
     ],
 )
 def test_a_pool_without_anything_to_learn_says_why(pool, text):
