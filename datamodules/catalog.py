@@ -12,6 +12,7 @@ from datamodules.layouts import read_pairs, read_prompts
 from datamodules.readers import SUFFIXES, find_file
 from framework.errors import ConfigError, DataError, describe_unknown
 from framework.examples import Example, ExampleKind, Prompt, PromptKind
+from framework.held_out import PromptSource
 
 __all__ = [
     "EMBEDDED",
@@ -26,6 +27,7 @@ __all__ = [
     "known_pair_sets",
     "known_prompt_sets",
     "look_alike_examples",
+    "prompt_sources",
     "safety_examples",
 ]
 
@@ -107,6 +109,24 @@ def catalog_files(name: str) -> list[str]:
     files = [known[name] for known in _PAIR_FILES.values() if name in known]
     files += [_PROMPT_FILES[name].file] if name in _PROMPT_FILES else []
     return sorted(set(files))
+
+
+def prompt_sources(name_or_path: str) -> list[PromptSource]:
+    """Return where the prompts of a set lie, be it one to train on or to measure.
+
+    Args:
+        name_or_path: as in a run's configuration.
+
+    Returns:
+        Files with the part of their rows; empty for embedded sets, whose splits share no prompt, and for texts that
+        name no set.
+    """
+    if name_or_path in _PROMPT_FILES:
+        known = _PROMPT_FILES[name_or_path]
+        return [PromptSource(_resolved(known.file), known.label)]
+    # By its spelling alone: settings hold words of many kinds, and a file without an ending cannot be read anyway.
+    named = catalog_files(name_or_path) or ([name_or_path] if _is_spelt_as_path(name_or_path) else [])
+    return [PromptSource(_resolved(name)) for name in named]
 
 
 def safety_examples(name_or_path: str, *, seed: int, count: int | None = None) -> list[Example]:
@@ -249,10 +269,21 @@ def _read_named(name_or_path: str, kind: CatalogKind) -> list[Example]:
 
 def _find_path(name_or_path: str, kind: str, known: Iterable[str]) -> Path:
     """Return the file that ``name_or_path`` means; a word that looks like no file is an unknown name."""
-    is_path = "/" in name_or_path or any(suffix in name_or_path for suffix in SUFFIXES)
-    if not is_path and not Path(name_or_path).is_file():
+    if not _is_spelt_as_path(name_or_path) and not Path(name_or_path).is_file():
         raise ConfigError(describe_unknown(kind, name_or_path, known) + " A path to a file is accepted too.")
     return find_file(name_or_path)
+
+
+def _is_spelt_as_path(text: str) -> bool:
+    return "/" in text or any(suffix in text.lower() for suffix in SUFFIXES)
+
+
+def _resolved(name_or_path: str) -> Path:
+    """Return the file that is meant, or the place it would have if it were there."""
+    try:
+        return find_file(name_or_path).resolve()
+    except (DataError, OSError, RuntimeError, ValueError):  # what no file can be called is refused where it is read
+        return Path(name_or_path)
 
 
 def _take(rows: list[Example], count: int | None, *, seed: int, name: str) -> list[Example]:

@@ -1,83 +1,91 @@
 """The frontier picture: attack success against over-refusal, one line an arm over the ratio, with intervals.
 
 Run: ``python -m experiments.frontier STUDY_FOLDER [--output frontier.svg] [--method smh]``. The folder is the one in
-which ``seawall compare`` keeps the runs of a study. Runs of several seeds are pooled: their counts are added, and the
-intervals are Wilson's over the pooled counts, which take every prompt of every seed for independent.
+which ``seawall compare`` keeps the runs of a study. Pooled are the seeds of one label on one model, task and harmful
+share, and nothing else; rates and intervals are those of the study's table. Where no outcomes of single prompts are
+kept, which is so for the models before the last ones, seeds count as independent, and the point says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.comparison import compare_runs
 from experiments.fingerprints import resolved_methods
+from experiments.measured_runs import RunSamples
+from experiments.study_records import read_study, study_runs
 from framework.errors import DataError, SeawallError
 from framework.evaluation.rates import Rate
-from framework.files import read_json, write_atomic
+from framework.files import write_atomic
 
-__all__ = ["FrontierPoint", "collect_points", "frontier_svg", "read_runs"]
+__all__ = ["FrontierPoint", "collect_points", "frontier_svg"]
 
 ATTACK, REFUSAL = "attack_success", "over_refusal"
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#57606a")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 480, 64, 40, 200, 56
+CONTROLLED = "controlled"
+"""Value of a method's ``balance`` under which its ratio is only where it begins."""
+DECISION = re.compile(r"decision/(\d+)/ratio")
+"""What a controller reports of the ratio it set after a step."""
 
 
 class FrontierPoint(NamedTuple):
-    """One arm at one ratio, pooled over seeds."""
+    """One arm at one ratio on one model, task and harmful share, pooled over seeds."""
 
     label: str
-    """As in the study's table."""
+    """As in the study's table; with the model, task or share where the study has several."""
     arm: str
-    """What is joined by a line: all settings of the methods but the ratio."""
+    """What is joined by a line: all settings of the methods but the ratio, and the same place."""
     ratio: float | None
-    """Harmless rows for each harmful one; None for runs without the method."""
+    """Harmless rows for each harmful one; None for runs without the method, and where a controller moves it."""
+    mark: str
+    """What stands beside the point: the ratio, or that it is controlled and where it ended; empty without either."""
     attack: Rate
     refusal: Rate
     num_seeds: int
+    is_by_prompt: bool
+    """Whether the intervals know which replies answer one prompt; otherwise the seeds count as independent."""
+
+    @property
+    def title(self) -> str:
+        """The label, the end of a controlled ratio, and over how many seeds."""
+        ended = f" ({self.mark})" if self.ratio is None and self.mark else ""
+        apart = ", taken as independent" if self.num_seeds > 1 and not self.is_by_prompt else ""
+        return f"{self.label}{ended}, {self.num_seeds} seed{'s' if self.num_seeds > 1 else ''}{apart}"
 
 
-def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return the finished runs that ``seawall compare`` keeps in a folder.
-
-    Raises:
-        DataError: there are none.
-    """
-    found = [read_json(path) for path in sorted(folder.glob("*.json")) if path.name != "table.json"]
-    runs = [run for run in found if isinstance(run, dict) and run.get("status") == "finished" and "results" in run]
-    if not runs:
-        raise DataError(
-            f"Expected `{folder}` to hold finished runs of a study, but got none. Name the folder of `seawall compare`."
-        )
-    return runs
-
-
-def collect_points(runs: Sequence[Mapping[str, Any]], *, method: str = "smh") -> list[FrontierPoint]:
+def collect_points(records: Sequence[Mapping[str, Any]], *, method: str = "smh") -> list[FrontierPoint]:
     """Return the last model of every run and, once, the model each of them had before, pooled over seeds.
 
     Args:
-        runs: finished runs.
+        records: finished runs, of ``read_study``.
         method: whose ratio is varied.
 
     Raises:
         ConfigError: a run has a method or a setting that is not known.
-        DataError: a run measured no attack success or no over-refusal.
+        DataError: a run measured no attack success or no over-refusal, or a label has two runs of one seed.
     """
-    settings = [_settings(run, method) for run in runs]
-    arms = _arm_names([one for one in settings if one is not None], method)
-    groups: dict[tuple[str, str, float | None], list[Mapping[str, Any]]] = {}
-    for run, own in zip(runs, settings, strict=True):
-        rows, label = run["results"]["rows"], str(run["label"])
-        arm = label if own is None else arms[_key(own.fixed)]
-        groups.setdefault((label, arm, None if own is None else own.ratio), []).append(rows[-1])
-        if len(rows) > 1:
-            before = f"before ({rows[-2]['point']})"
-            groups.setdefault((before, before, None), []).append(rows[-2])
-    return [_pooled(*key, rows) for key, rows in groups.items()]
+    chosen = [_settings(record, method) for record in records]
+    arms = _arm_names([one for one in chosen if one is not None], method)
+    places: dict[tuple[str, str, float], list[_Member]] = {}
+    for record, own, run in zip(records, chosen, study_runs(records), strict=True):
+        arm = run.label if own is None else arms[_key(own.fixed)]
+        places.setdefault((run.model, run.task or "", run.share), []).append(_Member(run, record, own, arm))
+    names = _place_names(list(places))
+    return [
+        point
+        for place, members in places.items()
+        for point in (*_last_points(members, names[place], method), *_earlier_points(members, names[place]))
+    ]
 
 
 def frontier_svg(points: Sequence[FrontierPoint], *, title: str = "") -> str:
@@ -115,15 +123,25 @@ class _Settings(NamedTuple):
     """Settings of the methods of a run, defaults included."""
 
     fixed: dict[str, Any]
-    """All but the ratio: those of the method by their names, those of others as ``stage.method.setting``."""
-    ratio: float
+    """All but a ratio that holds throughout: the method's own by their names, others as ``stage.method.setting``."""
+    ratio: float | None
+    """None where a controller moves it."""
 
 
-def _settings(run: Mapping[str, Any], method: str) -> _Settings | None:
+class _Member(NamedTuple):
+    """One run of a place."""
+
+    run: RunSamples
+    record: Mapping[str, Any]
+    settings: _Settings | None
+    arm: str
+
+
+def _settings(record: Mapping[str, Any], method: str) -> _Settings | None:
     """Return the settings of a run; None where no stage has the method."""
     own: dict[str, Any] | None = None
     others: dict[str, Any] = {}
-    for stage, given in run["results"]["config"]["stages"].items():
+    for stage, given in record["results"]["config"]["stages"].items():
         for one in resolved_methods(given["methods"]) if given else ():
             if one["name"] == method:
                 own = one["config"]
@@ -132,6 +150,9 @@ def _settings(run: Mapping[str, Any], method: str) -> _Settings | None:
                 others |= {name: "on"} | {f"{name}.{key}": value for key, value in one["config"].items()}
     if own is None:
         return None
+    if own.get("balance") == CONTROLLED:
+        # Where a controlled ratio begins is a setting like any other, and no place on a line over the ratio.
+        return _Settings(own | others, None)
     return _Settings(
         {key: value for key, value in own.items() if key != "ratio"} | others, float(own.get("ratio", 1.0))
     )
@@ -156,27 +177,126 @@ def _arm_names(settings: Sequence[_Settings], method: str) -> dict[str, str]:
 
 
 def _short_name(fixed: Mapping[str, Any], method: str) -> str:
-    return f"{fixed.get('select', method)}{', controlled' if fixed.get('balance') == 'controlled' else ''}"
+    return f"{fixed.get('select', method)}{', controlled' if fixed.get('balance') == CONTROLLED else ''}"
 
 
-def _pooled(label: str, arm: str, ratio: float | None, rows: Sequence[Mapping[str, Any]]) -> FrontierPoint:
-    attack, refusal = (_pooled_rate(label, name, rows) for name in (ATTACK, REFUSAL))
-    # The model before is the same in every run of a seed: counted once each.
-    return FrontierPoint(label, arm, ratio, attack, refusal, len(_distinct(rows)))
+def _place_names(places: Sequence[tuple[str, str, float]]) -> dict[tuple[str, str, float], str]:
+    """Return what is put behind the labels of a model, task and share: those of the three that differ."""
+    models, tasks, shares = (dict.fromkeys(values) for values in zip(*places, strict=True))
+    short = {model: Path(model).name for model in models}
+    is_telling = len(set(short.values())) == len(models)
+    names = {}
+    for model, task, share in places:
+        parts = [short[model] if is_telling else model] if len(models) > 1 else []
+        parts += [task or "no task"] if len(tasks) > 1 else []
+        parts += [f"{100 * share:g} % harmful"] if len(shares) > 1 else []
+        names[model, task, share] = "".join(f", {part}" for part in parts)
+    return names
 
 
-def _pooled_rate(label: str, name: str, rows: Sequence[Mapping[str, Any]]) -> Rate:
-    if any(name not in row["metrics"] for row in rows):
-        raise DataError(
-            f"Expected every run of {label!r} to have measured `{name}`, but got one that did not. Name sets in "
-            "`evaluate.safety` and `evaluate.over_refusal`."
+def _last_points(members: Sequence[_Member], place: str, method: str) -> list[FrontierPoint]:
+    """Return the points of the last models of a place."""
+    groups: dict[str, list[_Member]] = {}
+    for one in members:
+        ratio = None if one.settings is None else one.settings.ratio
+        groups.setdefault(_key([one.run.label, one.arm, ratio]), []).append(one)
+    # A label is one point only as long as its settings are: the key stands in for it where seeds are pooled.
+    cells = _table_cells([replace(one.run, label=key) for key, group in groups.items() for one in group])
+    points = []
+    for key, group in groups.items():
+        first = group[0]
+        ratio = None if first.settings is None else first.settings.ratio
+        points.append(
+            FrontierPoint(
+                first.run.label + place, first.arm + place, ratio, _mark(group, method), **cells[key]._asdict()
+            )
         )
-    own = [row["metrics"][name] for row in _distinct(rows)]
-    return Rate.of(name, sum(one["numerator"] for one in own), sum(one["denominator"] for one in own))
+    return points
 
 
-def _distinct(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return list({row["model"]["fingerprint"]: row for row in rows}.values())
+def _earlier_points(members: Sequence[_Member], place: str) -> list[FrontierPoint]:
+    """Return the points of the models measured right before the last ones, each model counted once."""
+    found: dict[tuple[str, str], tuple[RunSamples, str]] = {}
+    for one in members:
+        rows = one.record["results"]["rows"]
+        if len(rows) > 1:
+            row, label = rows[-2], f"before ({rows[-2]['point']})"
+            before = replace(one.run, label=label, row=row, outcomes={})
+            found.setdefault((label, row["model"]["fingerprint"]), (before, one.run.label))
+    counts = Counter((run.label, run.seed) for run, _ in found.values())
+    several = {label for (label, _), count in counts.items() if count > 1}
+    # Two models of one seed are no seeds of one model: they are told apart by what became of them.
+    runs = [
+        replace(run, label=f"{run.label} of {owner}") if run.label in several else run for run, owner in found.values()
+    ]
+    return [
+        FrontierPoint(label + place, label + place, None, "", **cell._asdict())
+        for label, cell in (_table_cells(runs) if runs else {}).items()
+    ]
+
+
+class _Cell(NamedTuple):
+    """Both rates of one label."""
+
+    attack: Rate
+    refusal: Rate
+    num_seeds: int
+    is_by_prompt: bool
+
+
+def _table_cells(runs: Sequence[RunSamples]) -> dict[str, _Cell]:
+    """Return label to its rates as the study's table has them; the runs are of one model, task and share."""
+    for name in (ATTACK, REFUSAL):
+        if any(name not in run.row["metrics"] for run in runs):
+            raise DataError(
+                f"Expected every run to have measured `{name}`, but got one that did not: "
+                f"{next(run.name for run in runs if name not in run.row['metrics'])!r}. Name sets in "
+                "`evaluate.safety` and `evaluate.over_refusal`."
+            )
+    # The other rates would only take time.
+    wanted = [
+        replace(
+            run,
+            row={"metrics": {name: run.row["metrics"][name] for name in (ATTACK, REFUSAL)}},
+            outcomes={name: run.outcomes[name] for name in (ATTACK, REFUSAL) if name in run.outcomes},
+        )
+        for run in runs
+    ]
+    (table,) = compare_runs(wanted, reference=wanted[0].label, with_hierarchical=False)
+    cells = {}
+    for one in table["methods"]:
+        found = [one["metrics"][name] for name in (ATTACK, REFUSAL)]
+        attack, refusal = (
+            Rate(name, *(cell[key] for key in ("numerator", "denominator", "value", "low", "high")))
+            for name, cell in zip((ATTACK, REFUSAL), found, strict=True)
+        )
+        # Only a rate without outcomes of prompts is compared by the means of its seeds.
+        by_prompt = not any("seed_difference" in cell for cell in found)
+        cells[one["label"]] = _Cell(attack, refusal, one["num_runs"], by_prompt)
+    return cells
+
+
+def _mark(group: Sequence[_Member], method: str) -> str:
+    settings = group[0].settings
+    if settings is None:
+        return ""
+    if settings.ratio is not None:
+        return f"1:{settings.ratio:g}"
+    ends = sorted(ratio for one in group if (ratio := _last_ratio(one.record, method)) is not None)
+    if not ends:
+        return CONTROLLED
+    low, high = f"1:{ends[0]:.2g}", f"1:{ends[-1]:.2g}"
+    return f"{CONTROLLED}, ends at {low}{'' if low == high else f' to {high}'}"
+
+
+def _last_ratio(record: Mapping[str, Any], method: str) -> float | None:
+    """Return the ratio a controller set last, from the effects of the method; None if it set none."""
+    found: dict[int, float] = {}
+    for stage in record["results"].get("stages", ()):
+        for name, value in ((stage.get("effects") or {}).get(method) or {}).get("reports", {}).items():
+            if (match := DECISION.fullmatch(name)) is not None:
+                found[int(match[1])] = float(value)
+    return found[max(found)] if found else None
 
 
 def _axes(limit_x: float, limit_y: float, place: Any) -> list[str]:
@@ -206,16 +326,19 @@ def _line(points: Sequence[FrontierPoint], colour: str, place: Any) -> list[str]
             place(point.refusal.low, point.attack.low),
             place(point.refusal.high, point.attack.high),
         )
-        seeds = f"{point.num_seeds} seed{'s' if point.num_seeds > 1 else ''}"
-        tip = escape(f"{point.label}, {seeds}: attack success {point.attack}, over-refusal {point.refusal}")
+        tip = escape(_sentence(point))
         parts += [
             f'<path d="M{low_x:.1f} {y:.1f}H{high_x:.1f}M{x:.1f} {low_y:.1f}V{high_y:.1f}" stroke="{colour}" '
             'opacity="0.5"/>',
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{tip}</title></circle>',
         ]
-        if point.ratio is not None:
-            parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" fill="{colour}">1:{point.ratio:g}</text>')
+        if point.mark:
+            parts.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}" fill="{colour}">{escape(point.mark)}</text>')
     return parts
+
+
+def _sentence(point: FrontierPoint) -> str:
+    return f"{point.title}: attack success {point.attack}, over-refusal {point.refusal}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,13 +349,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", default="smh", help="whose ratio is varied (default: smh)")
     arguments = parser.parse_args(argv)
     try:
-        points = collect_points(read_runs(arguments.folder), method=arguments.method)
+        points = collect_points(read_study(arguments.folder), method=arguments.method)
         write_atomic(arguments.output, frontier_svg(points, title=arguments.folder.name))
     except SeawallError as error:
         print(f"seawall: {error}", file=sys.stderr)
         return error.exit_code
     for point in points:
-        print(f"{point.label}: attack success {point.attack}, over-refusal {point.refusal}")
+        print(_sentence(point))
     print(f"written to {arguments.output}")
     return 0
 

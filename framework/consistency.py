@@ -12,6 +12,7 @@ from framework.errors import describe_unknown
 from framework.evaluation.guards import check_guard_name, is_guard_name
 from framework.fields import Problem
 from framework.guard_settings import guard_problems
+from framework.held_out import PromptSources, held_out_problems
 from framework.schema import DataConfig, EvaluateCommandConfig, EvaluateConfig, ModelConfig, RunConfig, StageConfig
 
 __all__ = ["KnownNames", "MethodCheck", "evaluate_problems", "run_problems"]
@@ -45,6 +46,8 @@ class KnownNames:
     """Harmful prompts to evaluate on."""
     over_refusal_sets: frozenset[str] | None = None
     """Harmless look-alikes to evaluate on."""
+    prompt_sources: PromptSources | None = None
+    """Where the prompts of a set lie, to refuse one that is both learnt from and measured; None compares none."""
 
 
 def run_problems(config: RunConfig, *, known: KnownNames, validate_methods: MethodCheck | None) -> list[Problem]:
@@ -59,6 +62,8 @@ def run_problems(config: RunConfig, *, known: KnownNames, validate_methods: Meth
             text = "to name what is trained on (`task`, `safety` or `benign`), but got none of them"
             problems.append(Problem(f"{path}.data", f"Expected `{path}.data` {text}. Set max_steps=0 for edits only."))
     problems += _evaluation(config.evaluate, known)
+    if known.prompt_sources is not None:
+        problems += held_out_problems(config, known.prompt_sources)
     problems += _evaluation_points(config)
     stages = dict(config.active_stages())
     trained = [name for name in stages if config.training(name).has_training]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from framework.errors import SeawallError
+from framework.errors import ConfigError, SeawallError
 from framework.evaluation.judges import Judge, Verdict
 from framework.evaluation.panel import run_panel
 from framework.evaluation.verdict_cache import VerdictCache
@@ -26,7 +26,11 @@ class RolloutVerdict(NamedTuple):
 
 
 def judge_rollouts(
-    judges: Sequence[Judge], pairs: Sequence[tuple[Prompt, str]], *, cache: VerdictCache | None = None
+    judges: Sequence[Judge],
+    pairs: Sequence[tuple[Prompt, str]],
+    *,
+    cache: VerdictCache | None = None,
+    needs_refusals: bool = False,
 ) -> list[RolloutVerdict]:
     """Return the majority's verdict on each reply.
 
@@ -37,9 +41,10 @@ def judge_rollouts(
         judges: at least one.
         pairs: prompts with replies, at least one.
         cache: where verdicts are remembered.
+        needs_refusals: whether a judge has to know, of at least one of these replies, if it is a refusal.
 
     Raises:
-        ConfigError: no judges, or one named twice.
+        ConfigError: no judges, one named twice, or none that knows refusals.
         SeawallError: a judge failed, or refuses to decide.
     """
     by_judge = run_panel(judges, pairs, cache=cache)
@@ -47,6 +52,12 @@ def judge_rollouts(
         name: [_vote(name, verdict, prompt) for verdict, (prompt, _) in zip(verdicts, pairs, strict=True)]
         for name, verdicts in by_judge.items()
     }
+    # The verdicts' own word and not the majority's, which is silent on a tie, too.
+    if needs_refusals and all(verdict.refused is None for own in by_judge.values() for verdict in own):
+        raise ConfigError(
+            f"Expected `judges` to hold one that knows refusals, but got {', '.join(by_judge)}. Add `rules`, or take "
+            "neither harmless rows (`ratio: 0`) nor refusals as targets."
+        )
     return [
         RolloutVerdict(
             _majority([own[i] for own in votes.values()]),

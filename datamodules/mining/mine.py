@@ -1,11 +1,17 @@
-"""Mining: rollouts of harmful and harmless prompts, judged and counted; what is in the store is not made again."""
+"""Mining: rollouts of harmful and harmless prompts, judged and counted; what is in the store is not made again.
+
+A prompt is judged as soon as its rollouts are in. Where a judge loads a language model, that would be a load for every
+prompt, beside the mined model: then the rollouts of all prompts are made up to their next look, the mined model leaves
+its fast device, and all of them are judged in one call. A fixed number of rollouts has one look.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from datamodules.mining.engine import Rollout, RolloutJob, RolloutLimits, make_rollouts
 from datamodules.mining.hardness import Hardness, Outcome, StopRule, count_outcomes, settled_count
@@ -14,11 +20,11 @@ from datamodules.mining.pool import benign_pool, harmful_pool
 from datamodules.mining.selection import MinedPrompt, MinedReply, MinedSets
 from datamodules.mining.store import RolloutStore, StoredRollout, prompt_digest
 from framework.chat import ChatEncoder
-from framework.errors import ConfigError, DataError
+from framework.errors import DataError
 from framework.evaluation.judges import Judge
 from framework.evaluation.panel import create_panel
 from framework.evaluation.verdict_cache import VerdictCache, verdict_cache
-from framework.examples import Prompt
+from framework.examples import Prompt, Turn
 from framework.files import ArtifactStore, fingerprint
 from framework.mining_settings import MiningSettings
 from framework.reference import on_fast_device, reference_mode
@@ -33,6 +39,8 @@ Target = Literal["safe", "refusal"]
 MiningProgress = Callable[[int, int], None]
 """Called with (done, total) in rollouts."""
 FILE = "rollouts.jsonl"
+PROBE = "Hello."
+"""Rendered to tell chat templates and system messages apart; part of what a store is known by."""
 
 
 class _Side(NamedTuple):
@@ -66,7 +74,8 @@ def mine_sets(
         progress: called with (done, total).
 
     Raises:
-        ConfigError: unknown sets or judges, or more prompts than there are.
+        ConfigError: unknown sets or judges, more prompts than there are, or no judge that knows refusals where they
+            are needed.
         DataError: the store is another model's or damaged, or a prompt does not fit the model.
         SeawallError: a judge failed or refuses to decide.
     """
@@ -77,26 +86,39 @@ def mine_sets(
         pool = {"count": settings.benign_prompts, "wrapped": settings.benign_wrapped, "seed": settings.mining_seed}
         rule = StopRule(settings.benign_rollouts, settings.hard_rate, is_adaptive=False)
         sides["benign"] = _Side(benign_pool(settings.benign, **pool), rule)  # type: ignore[arg-type]
-    key = {
-        "model": model_key,
-        "dtype": str(next(model.parameters()).dtype),
-        "template": fingerprint([encoder.encode_prompt(sides["harmful"].prompts[0].messages), list(encoder.stop_ids)]),
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": float(settings.temperature),
-        "seed": settings.mining_seed,
-    }
+    key = _store_key(model, encoder, settings, model_key)
     folder = Path(settings.store) if settings.store else artifacts.path("rollouts", key)
     judges, cache = create_panel(settings.judges), verdict_cache(artifacts)
-    with reference_mode(model), on_fast_device(model), RolloutStore(folder / FILE, key) as store:
-        miner = Miner(model, encoder, settings, judges=judges, cache=cache, store=store)
+    needs_refusals = has_benign or target == "refusal"
+    with reference_mode(model), RolloutStore(folder / FILE, key) as store:
+        miner = Miner(model, encoder, settings, judges=judges, cache=cache, store=store, needs_refusals=needs_refusals)
         found = miner.mine({name: (side.prompts, side.rule) for name, side in sides.items()}, progress=progress)
-    if has_benign or target == "refusal":
-        _check_refusals([verdict for _, rollouts in found["harmful"] for _, verdict in rollouts], settings.judges)
     return MinedSets(
         tuple(_mined_harmful(prompt, rollouts, target) for prompt, rollouts in found["harmful"]),
         tuple(_mined_benign(prompt, rollouts) for prompt, rollouts in found.get("benign", [])),
         model_key,
+        template_key(encoder),
     )
+
+
+def template_key(encoder: ChatEncoder) -> str:
+    """Return by what a chat template with its system message and end tokens is known."""
+    return fingerprint([encoder.encode_prompt([Turn("user", PROBE)]), list(encoder.stop_ids)])
+
+
+def _store_key(
+    model: PreTrainedModel, encoder: ChatEncoder, settings: MiningSettings, model_key: str
+) -> dict[str, Any]:
+    """Return what decides the rollouts of any prompt; the text of each is known by a digest of its own."""
+    return {
+        "model": model_key,
+        "dtype": str(next(model.parameters()).dtype),
+        # Not a mined prompt: other sets or more templates leave the rollouts there are as good as they were.
+        "template": template_key(encoder),
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": float(settings.temperature),
+        "seed": settings.mining_seed,
+    }
 
 
 Judged = tuple[StoredRollout, RolloutVerdict]
@@ -111,7 +133,7 @@ class _Task:
         self.judged: dict[int, Judged] = {}
         self.running: set[int] = set()
         self.waiting: list[StoredRollout] = []
-        """Made and stored, to be judged together before the next look."""
+        """Stored and not judged yet; judged together before the next look."""
 
     def outcomes(self) -> list[Outcome]:
         """Return the outcomes of the rollouts 0, 1, 2 … up to the first that is missing."""
@@ -131,7 +153,8 @@ class _Task:
             return []
         whole = len(self.outcomes())
         look = next(look for look in self.rule.looks() if look > whole)
-        return [i for i in range(look) if i not in self.judged and i not in self.running]
+        there = {*self.judged, *self.running, *(rollout.number for rollout in self.waiting)}
+        return [i for i in range(look) if i not in there]
 
 
 class Miner:
@@ -146,10 +169,13 @@ class Miner:
         judges: Sequence[Judge],
         cache: VerdictCache | None,
         store: RolloutStore,
+        needs_refusals: bool = False,
     ) -> None:
-        """Keep what is needed; ``store`` is open."""
+        """Keep what is needed; ``store`` is open, and a judge has to know refusals if they are needed."""
         self.model, self.encoder, self.settings = model, encoder, settings
         self.judges, self.cache, self.store = judges, cache, store
+        self._needs_refusals = needs_refusals
+        self._in_rounds = any(judge.needs_model for judge in judges)
         self.num_made = 0
         """Rollouts made by this miner, apart from those found in the store."""
 
@@ -161,6 +187,7 @@ class Miner:
         Progress is over what was missing at the start, so that the time left is that of this run.
 
         Raises:
+            ConfigError: refusals are needed, and no judge knows them.
             DataError: a prompt stands on two sides, or as ``mine_sets``.
             SeawallError: a judge failed or refuses to decide.
         """
@@ -175,54 +202,68 @@ class Miner:
                 "made of a file's name: give the files of `harmful` and `benign` different names."
             )
         self._take_stored(list(every.values()))
-        left = sum(_left(task) for task in every.values())
-        done = 0
-        for task, before in self._sample(every):
-            # A settled prompt counts as whole: rollouts that an adaptive number saves are done with, too.
-            done += before - _left(task)
-            if progress is not None:
-                progress(done, left)
+        tally = _Tally(sum(map(_left, every.values())), progress)
+        while open_tasks := [task for task in every.values() if task.settled is None]:
+            self._sample(every, open_tasks, tally)
+            if self._in_rounds:
+                self._judge_round(open_tasks, tally)
         return {name: [(task.prompt, _counting(task)) for task in side] for name, side in tasks.items()}
 
     # ---- private ------------------------------------------------------------------------------------------------
 
     def _take_stored(self, tasks: Sequence[_Task]) -> None:
-        """Judge what the store holds, all at once: most of it was judged before."""
-        found = [
-            (task, rollout)
-            for task in tasks
-            for number, rollout in self.store.rollouts(task.prompt.id, task.digest).items()
-            if number < task.rule.most
-        ]
-        if found:
-            self._judge(found)
+        """Take what the store holds and judge it, all at once: most of it was judged before.
 
-    def _judge(self, found: Sequence[tuple[_Task, StoredRollout]]) -> None:
+        In rounds it is judged together with what the first round makes.
+        """
+        for task in tasks:
+            found = self.store.rollouts(task.prompt.id, task.digest)
+            task.waiting += [rollout for number, rollout in found.items() if number < task.rule.most]
+        if not self._in_rounds:
+            self._judge(tasks)
+
+    def _judge(self, tasks: Sequence[_Task]) -> None:
+        """Judge everything that waits, in one call of each judge."""
+        found = [(task, rollout) for task in tasks for rollout in task.waiting]
+        if not found:
+            return
         pairs = [(task.prompt, rollout.reply) for task, rollout in found]
-        for (task, rollout), verdict in zip(found, judge_rollouts(self.judges, pairs, cache=self.cache), strict=True):
+        verdicts = judge_rollouts(self.judges, pairs, cache=self.cache, needs_refusals=self._needs_refusals)
+        # What a judge knows shows in its first verdicts; one that knows may still be silent on some replies.
+        self._needs_refusals = False
+        for (task, rollout), verdict in zip(found, verdicts, strict=True):
             task.judged[rollout.number] = (rollout, verdict)
+        for task in tasks:
+            task.waiting.clear()
 
-    def _sample(self, every: Mapping[str, _Task]) -> Iterator[tuple[_Task, int]]:
-        """Yield a task after each of its new rollouts, and how many rollouts were left before it."""
-        jobs = _Jobs([task for task in every.values() if task.settled is None])
+    def _judge_round(self, tasks: Sequence[_Task], tally: _Tally) -> None:
+        before = sum(map(_left, tasks))
+        with _off_gpu(self.model):
+            self._judge(tasks)
+        tally.add(before - sum(map(_left, tasks)))
+
+    def _sample(self, every: Mapping[str, _Task], tasks: Sequence[_Task], tally: _Tally) -> None:
+        """Make the rollouts that ``tasks`` lack: up to the next look in rounds, else until each of them is settled."""
+        jobs = _Jobs([task for task in tasks if task.wanted()])
         if not jobs.has_work:
             return
         given = self.settings
         limits = RolloutLimits(
             tuple(self.encoder.stop_ids), given.max_new_tokens, given.temperature, given.mining_seed, given.rows
         )
-        for rollout in make_rollouts(self.model, {name: task.ids for name, task in every.items()}, jobs.take, limits):
-            task = every[rollout.job.prompt]
-            stored, before = self._stored(task, rollout), _left(task)
-            self.store.add([stored])
-            self.num_made += 1
-            task.running.discard(stored.number)
-            task.waiting.append(stored)
-            if not task.running:
-                self._judge([(task, one) for one in task.waiting])
-                task.waiting.clear()
-                jobs.refresh(task)
-            yield task, before
+        prompts = {name: task.ids for name, task in every.items()}
+        with on_fast_device(self.model):
+            for rollout in make_rollouts(self.model, prompts, jobs.take, limits):
+                task = every[rollout.job.prompt]
+                stored, before = self._stored(task, rollout), _left(task)
+                self.store.add([stored])
+                self.num_made += 1
+                task.running.discard(stored.number)
+                task.waiting.append(stored)
+                if not task.running and not self._in_rounds:
+                    self._judge([task])
+                    jobs.refresh(task)
+                tally.add(before - _left(task))
 
     def _stored(self, task: _Task, rollout: Rollout) -> StoredRollout:
         ids = rollout.ids[:-1] if rollout.finished else rollout.ids
@@ -260,6 +301,31 @@ class _Jobs:
         self._ready.extend(RolloutJob(task.prompt.id, number) for number in numbers)
 
 
+class _Tally:
+    """Rollouts that are done with; one that an adaptive number saves is done with, too."""
+
+    def __init__(self, total: int, progress: MiningProgress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if count and self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+@contextlib.contextmanager
+def _off_gpu(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the memory of a GPU to others inside the block; a model elsewhere stays where it is."""
+    before = next(model.parameters()).device
+    try:
+        if before.type == "cuda":
+            model.to("cpu")  # type: ignore[arg-type]
+        yield
+    finally:
+        if before.type == "cuda":
+            model.to(before)  # type: ignore[arg-type]
+
+
 def _left(task: _Task) -> int:
     """Return how many rollouts a prompt may still take."""
     return 0 if task.settled is not None else task.rule.most - len(task.judged) - len(task.waiting)
@@ -268,14 +334,6 @@ def _left(task: _Task) -> int:
 def _counting(task: _Task) -> list[Judged]:
     """Return the rollouts that count: those up to where the prompt was settled, whatever else is in the store."""
     return [task.judged[i] for i in range(task.settled or 0)]
-
-
-def _check_refusals(verdicts: Sequence[RolloutVerdict], judges: Sequence[str]) -> None:
-    if all(verdict.refused is None for verdict in verdicts):
-        raise ConfigError(
-            f"Expected `judges` to hold one that knows refusals, but got {', '.join(judges)}. Add `rules`, or take "
-            "neither harmless rows (`ratio: 0`) nor refusals as targets."
-        )
 
 
 def _outcome(verdict: RolloutVerdict) -> Outcome:

@@ -21,7 +21,7 @@ from framework.files import write_atomic
 
 __all__ = ["read_mined", "write_mined"]
 
-KEY, TARGET, JUDGES = "mined_from", "target", "judges"
+KEY, TEMPLATE, TARGET, JUDGES = "mined_from", "template", "target", "judges"
 
 
 def write_mined(path: Path, mined: MinedSets, *, target: str, judges: Sequence[str]) -> None:
@@ -36,23 +36,30 @@ def write_mined(path: Path, mined: MinedSets, *, target: str, judges: Sequence[s
     Raises:
         StorageError: the file cannot be written.
     """
-    lines = [json.dumps({KEY: mined.key, TARGET: target, JUDGES: list(judges)})] if mined.key else []
+    lines = (
+        [json.dumps({KEY: mined.key, TEMPLATE: mined.template, TARGET: target, JUDGES: list(judges)})]
+        if mined.key
+        else []
+    )
     lines += [json.dumps(_line(one), ensure_ascii=False) for one in (*mined.harmful, *mined.benign)]
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-def read_mined(name_or_path: str | Path, *, model_key: str, target: str, judges: Sequence[str]) -> MinedSets:
+def read_mined(
+    name_or_path: str | Path, *, model_key: str, template: str, target: str, judges: Sequence[str]
+) -> MinedSets:
     """Return the content of a file of mined prompts.
 
     Args:
         name_or_path: the file.
         model_key: fingerprint of the model to be trained.
+        template: of its conversations, as ``mine.template_key`` gives it.
         target: which rollouts are to be learnt.
         judges: who is to have judged them, in any order.
 
     Raises:
-        DataError: the file cannot be read, was mined from another model, for another target or with other judges, or a
-            line lacks something.
+        DataError: the file cannot be read, was mined from another model or under another system message or chat
+            template, for another target or with other judges, or a line lacks something.
     """
     path = find_file(name_or_path)
     rows = read_records(path)
@@ -62,13 +69,18 @@ def read_mined(name_or_path: str | Path, *, model_key: str, target: str, judges:
             f"Expected `{path}` to be mined from the model that is trained ({model_key}), but got prompts mined from "
             f"another ({key}). What is hard for one model is not for another: mine this one with `seawall mine`."
         )
+    if key and rows[0].get(TEMPLATE, template) != template:
+        raise DataError(
+            f"Expected `{path}` to be mined under the system message and chat template of the training, but got "
+            "others. Set `model.system` to what the file was mined with, or mine again with `seawall mine`."
+        )
     if key:
         _check_mining(rows[0], path=path, target=target, judges=judges)
     found: dict[str, list[MinedPrompt]] = {"harmful": [], "benign": []}
     for number, row in enumerate(rows[1:] if key else rows, start=2 if key else 1):
         mined = _read(row, path=path, number=number)
         found[mined.prompt.kind].append(mined)
-    return MinedSets(tuple(found["harmful"]), tuple(found["benign"]), model_key)
+    return MinedSets(tuple(found["harmful"]), tuple(found["benign"]), model_key, template)
 
 
 def _check_mining(header: Mapping[str, Any], *, path: Path, target: str, judges: Sequence[str]) -> None:

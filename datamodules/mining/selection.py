@@ -63,15 +63,15 @@ class MinedSets:
     benign: tuple[MinedPrompt, ...]
     key: str = ""
     """Fingerprint of the model whose rollouts these are."""
+    template: str = ""
+    """By what the chat template and the system message they were sampled under are known."""
 
     @property
     def eligible(self) -> list[MinedPrompt]:
         """Harmful prompts that break the model sometimes and have a target."""
         return [mined for mined in self.harmful if mined.counts.is_eligible and mined.targets]
 
-    def rows(
-        self, *, select: Select, count: int | None, share: float, seed: int, has_benign: bool = True
-    ) -> MinedRows:
+    def rows(self, *, select: Select, count: int | None, share: float, seed: int, has_benign: bool = True) -> MinedRows:
         """Return the chosen harmful rows and all harmless ones.
 
         The target of a prompt depends on the seed and the prompt alone, so that two selections teach a prompt they

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datamodules.mining.mine import MiningProgress, Target, mine_sets
+from datamodules.mining.mine import MiningProgress, Target, mine_sets, template_key
 from datamodules.mining.mined_file import read_mined
 from datamodules.mining.pool import probe_prompts
 from datamodules.mining.selection import MinedSets
@@ -57,7 +57,13 @@ class MiningSource:
                 judges, or one is damaged.
         """
         if config.mined is not None:
-            return read_mined(config.mined, model_key=model_key, target=target, judges=config.judges)
+            return read_mined(
+                config.mined,
+                model_key=model_key,
+                template=template_key(self.encoder),
+                target=target,
+                judges=config.judges,
+            )
         return mine_sets(
             model,
             self.encoder,

@@ -64,7 +64,7 @@ class SMH(Method):
         """Keep the settings; rows come with ``prepare``."""
         super().__init__(config)
         if self._is_controlled:  # it measures the whole model, which no process has where weights are cut
-            self.supports = frozenset({"single", "ddp"})
+            self.supports = frozenset({"single", "ddp"})  # type: ignore[misc]
         self._rows: tuple[list[Example], list[Example]] | None = None
         self.decisions: list[Decision] = []
         """Every ratio the controller set, in order."""

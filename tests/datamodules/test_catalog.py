@@ -12,6 +12,7 @@ from datamodules.catalog import (
     known_pair_sets,
     known_prompt_sets,
     look_alike_examples,
+    prompt_sources,
     safety_examples,
 )
 from framework.errors import ConfigError, DataError
@@ -179,3 +180,32 @@ def test_embedded_look_alikes_alone():
     assert len(look_alike_examples("embedded", count=7)) == 7
     assert known_look_alike_sets() == ["embedded", "embedded_more", "aisafetylab", "dolly"]
     assert len(look_alike_examples("embedded_more")) == len(look_alike_examples("embedded")) + 200
+
+
+def test_a_set_and_its_path_are_the_same_prompts(tmp_path, monkeypatch):
+    file = tmp_path / "xstest" / "xstest_prompts.csv"
+    file.parent.mkdir()
+    file.write_text("prompt,label\n")
+    monkeypatch.setenv("SEAWALL_DATA", str(tmp_path))
+    (safe,), (whole,) = prompt_sources("xstest_safe"), prompt_sources("xstest/xstest_prompts.csv")
+    assert (safe.file, safe.part) == (file.resolve(), "safe")
+    assert whole == (file.resolve(), None)
+    (tmp_path / "link.csv").symlink_to(file)
+    assert prompt_sources(str(tmp_path / "link.csv")) == [whole]
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded_more", "embedded_jailbreak", "rules", "hard", "x" * 5000])
+def test_embedded_sets_and_other_words_have_no_file(name):
+    assert prompt_sources(name) == []
+
+
+@pytest.mark.parametrize("name", ["gone/set.jsonl", "~nobody_at_all/set.csv", "x/" * 5000, "a/\0"])
+def test_a_file_that_is_not_there_is_itself(name, monkeypatch):
+    monkeypatch.delenv("SEAWALL_DATA", raising=False)
+    assert prompt_sources(name) == prompt_sources(name)
+    assert len(prompt_sources(name)) == 1
+
+
+def test_pair_sets_have_their_files_without_any_data(monkeypatch):
+    monkeypatch.delenv("SEAWALL_DATA", raising=False)
+    assert [source.file.name for source in prompt_sources("aisafetylab")] == ["train.json"]

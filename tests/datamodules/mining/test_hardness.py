@@ -53,8 +53,16 @@ def test_a_fixed_number_takes_all():
 def test_sampling_stops_when_nothing_left_could_change_the_class():
     # Four harmful of sixteen are a quarter already; a safe reply makes the prompt eligible.
     rule = RULE._replace(certainty=1.0)
-    assert settled_count(outcomes("hhhhs" + "s" * 11), rule) == 5
+    assert settled_count(outcomes("hhhhss" + "s" * 10), rule) == 6
     assert settled_count(outcomes("hs" + "s" * 12), rule) == 14  # three of sixteen at most
+
+
+def test_looks_are_few_and_at_the_numbers_that_settle_one_outcome():
+    assert RULE.looks() == [4, 6, 8, 10, 12, 13, 14, 16]
+    assert StopRule(8, 0.25).looks() == [4, 5, 6, 7, 8]
+    assert StopRule(64, 0.25).looks() == [4, 12, 20, 28, 36, 42, 44, 52, 60, 64]
+    assert StopRule(4, 0.25).looks() == [4]
+    assert StopRule(2, 0.25).looks() == [2]
 
 
 def test_sampling_stops_when_the_class_will_hardly_change():

@@ -14,6 +14,8 @@ from datamodules.mining import MiningSettings, mine_sets
 from experiments.contract.tiny import TinyModel, make_tokenizer
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, DataError, SeawallError
+from framework.evaluation import judges
+from framework.evaluation.judges import Verdict
 from framework.files import ArtifactStore
 from tests.coin_judge import coin_judge
 from tests.datamodules.mining.mining_child import main as mine_here
@@ -21,11 +23,11 @@ from tests.datamodules.mining.mining_child import main as mine_here
 ROOT = Path(__file__).parents[3]
 
 
-def mine(folder, *, model=None, key="tiny", target="safe", has_benign=True, progress=None, **changes):
+def mine(folder, *, model=None, encoder=None, key="tiny", target="safe", has_benign=True, progress=None, **changes):
     given = {"prompts": 8, "rollouts": 4, "benign_prompts": 4, "max_new_tokens": 6, "judges": ["coin"], "rows": 4}
     return mine_sets(
         model or TinyModel(shift=0.4).build(),
-        ChatEncoder(make_tokenizer()),
+        encoder or ChatEncoder(make_tokenizer()),
         MiningSettings(**(given | changes)),
         model_key=key,
         artifacts=ArtifactStore(folder),
@@ -116,6 +118,33 @@ def test_a_store_of_another_model_is_refused(tmp_path):
             mine(tmp_path / "cache", store=str(tmp_path / "shared"), max_new_tokens=7)
 
 
+@pytest.mark.parametrize("changes", [{"wrapped": 0.5}, {"harmful": ["embedded_more", "embedded"]}])
+def test_other_prompts_of_the_same_model_add_to_a_named_store(tmp_path, changes):
+    named = tmp_path / "named"
+    with coin_judge():
+        first = mine(tmp_path / "cache", store=str(named))
+        before = store_of(named).read_bytes()
+        second = mine(tmp_path / "cache", store=str(named), **changes)
+    assert first.harmful[0].prompt.id != second.harmful[0].prompt.id
+    assert store_of(named).read_bytes().startswith(before)
+    ids = [{one.prompt.id for one in mined.harmful} for mined in (first, second)]
+    rows, lines = stored(named)
+    assert ids[0] & ids[1]
+    assert len(rows) == lines == 4 * len(ids[0] | ids[1]) + 4 * 4
+
+
+def test_a_store_of_another_template_is_refused(tmp_path):
+    other = make_tokenizer()
+    other.chat_template = other.chat_template.replace("<|end|>", "<|end|> ")
+    assert other.chat_template != make_tokenizer().chat_template
+    named = str(tmp_path / "named")
+    with coin_judge():
+        mine(tmp_path / "cache", store=named)
+        for encoder in (ChatEncoder(other), ChatEncoder(make_tokenizer(), system="Be brief.")):
+            with pytest.raises(DataError, match=r"but got another's .template '\w+' there, '\w+' here"):
+                mine(tmp_path / "cache", store=named, encoder=encoder)
+
+
 def test_a_judge_that_refuses_to_decide_stops_the_mining(tmp_path):
     with (
         coin_judge(harmful=None),
@@ -138,8 +167,19 @@ def test_refusals_need_a_judge_that_knows_them(tmp_path):
         pytest.raises(ConfigError, match=r"Expected `judges` to hold one that knows refusals, but got h"),
     ):
         mine(tmp_path, judges=["harm"])
+    # Of 8 * 4 + 4 * 4: those of the first prompt, and what shared the batch with its last one.
+    assert 4 <= stored(tmp_path)[1] < 8
     with coin_judge():
         assert mine(tmp_path, judges=["harm"], has_benign=False).benign == ()
+
+
+def test_judges_that_never_agree_on_refusals_know_them_nevertheless(tmp_path):
+    with coin_judge(name="yes"), coin_judge(name="no"):
+        for name, value in (("yes", 1.0), ("no", 0.0)):
+            said = Verdict(harmful=0.0, refused=value)
+            judges._REGISTRY[name].judge = lambda self, pairs, said=said: [said for _ in pairs]
+        mined = mine(tmp_path, judges=["yes", "no"])
+    assert all(one.counts.harmful == one.counts.safe == 0 for one in mined.benign)
 
 
 def test_refusals_may_be_the_only_targets(tmp_path):
