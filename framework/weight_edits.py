@@ -14,7 +14,16 @@ from framework.method import MethodStore
 from framework.parameters import clean_name, lora_pairs
 from framework.weight_files import WeightFiles
 
-__all__ = ["aligned_folder", "edit_parameters", "exact_weight", "fold_pairs", "plain_parameters", "scale_pairs"]
+__all__ = [
+    "aligned_folder",
+    "digits_of",
+    "edit_parameters",
+    "exact_weight",
+    "fold_pairs",
+    "plain_parameters",
+    "restore_digits",
+    "scale_pairs",
+]
 
 ALIGNED = "aligned"
 """Role of the model that left ``align``, in a stage that trains or edits what came of it."""
@@ -68,6 +77,51 @@ def exact_weight(
         return wide
     stored = files.read(name).tensor.to(parameter.device)
     return stored if torch.equal(stored.to(dtype or parameter.dtype).float(), wide) else wide
+
+
+def digits_of(value: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """Return ``stored`` where ``value`` is nothing but those numbers rounded to 16 bits, else ``value``.
+
+    Other than for ``exact_weight`` nobody needs to know the number format: a model may have been widened since.
+
+    Args:
+        value: float32.
+        stored: float32, on the same device.
+
+    Example:
+        >>> digits_of(torch.tensor([0.10009765625]), torch.tensor([0.1])).tolist() == torch.tensor([0.1]).tolist()
+        True
+    """
+    is_rounded = any(torch.equal(stored.to(dtype).float(), value) for dtype in (torch.bfloat16, torch.float16))
+    return stored if is_rounded else value
+
+
+@torch.no_grad()
+def restore_digits(model: nn.Module, files: WeightFiles) -> set[str]:
+    """Make a model float32, give back digits that its files have and 16 bits lost, and return what differs from them.
+
+    Args:
+        model: plain or with LoRA pairs; what its files do not hold is only widened.
+        files: of the model that entered the stage.
+
+    Returns:
+        Plain names of the tensors that are not those of the files, because something trained or edited them.
+    """
+    differing = set()
+    model.float()
+    # The state and not the parameters: buffers lose digits like them.
+    for full_name, value in model.state_dict().items():
+        name = clean_name(full_name)
+        if not value.is_floating_point() or name not in files:
+            continue
+        stored = files.read(name).tensor.to(value.device)
+        if torch.equal(value, stored):
+            continue
+        if digits_of(value, stored) is stored:
+            value.copy_(stored)
+        else:
+            differing.add(name)
+    return differing
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from typing import Any, Literal, get_args
 
 from framework.errors import ConfigError, describe_unknown
 
-__all__ = ["MIN_PROMPTS", "NeSTConfig"]
+__all__ = ["MIN_PROMPTS", "MIN_TRAINED", "NeSTConfig"]
 
 MIN_PROMPTS = 10
 """Fewest prompts of a class that a probe can be held to."""
+MIN_TRAINED = 2
+"""Fewest prompts of a class that are left to train a probe on."""
 
 Train = Literal["deltas", "deltas+adapter", "all_but_neurons"]
 Score = Literal["probe", "mean_difference"]
@@ -50,7 +52,7 @@ class NeSTConfig:
     seed: int = 0
     """Decides which prompts are taken and held out, random rows, and where the clustering starts, >= 0."""
     held_out: float = 0.2
-    """Share of the prompts the probes are tested on, in (0, 1)."""
+    """Share of the prompts the probes are tested on, in (0, 1); two of each class have to be left to train on."""
     score: Score = "probe"
     """probe: weights of a linear probe; mean_difference: mean activation on harmful minus on ordinary prompts."""
     normalize: Normalize = "zscore"

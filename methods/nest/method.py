@@ -8,7 +8,9 @@ profiles gives clusters c(i); training learns one vector for each, ``W'_i = W_i 
 
 Points: ``prepare`` (probe, select, cluster; stored once), ``prepare_model`` (the vectors, and a hook on each projection
 that adds their product), ``select_parameters`` (with ``train: deltas`` nothing else is trained), ``edit_weights`` (the
-fold). With ``train: all_but_neurons`` there are no vectors: the selected rows are put back after every step.
+fold; what nothing trained leaves with the digits of its file, also when it was loaded in 16 bits). With ``train:
+all_but_neurons`` there are no vectors: the selected rows, their biases too, are put back after every step and in
+``edit_weights``, which has to come after that of every other method.
 
 Reference: NeST, arXiv:2602.16835 (abstracts and summaries; no code and no full text found). The detector follows
 NeuroStrike, arXiv:2509.11864, code wu-lichao/NeuroStrike-Neuron-Level-Attacks-on-Aligned-LLMs (read only, re-derived).
@@ -24,7 +26,9 @@ probe a module in the space of prompts. In training two thin products a projecti
 ``(tokens, k) x (k, rows)``; gradients and optimizer state only for the ``k in`` numbers of the vectors. No cost after
 the fold.
 
-Logged: ``rows``, ``vectors``, ``accuracy`` (held-out, mean over modules) and ``accuracy/layer_<n>``.
+Logged: ``rows``, ``vectors``, ``accuracy`` (held-out, mean over modules) and ``accuracy/layer_<n>``. Counted:
+``patches_left_out`` where ``train: deltas`` gives no patch, because the finished model is not the start model with the
+vectors alone: another method edits weights, or something else was trained.
 
 Does not compose with: a second method that needs the model without its vectors from a switched-off adapter; quantised
 weights, whose rows nothing can be folded into; strategies that cut the weights.
@@ -34,7 +38,7 @@ Defaults: ``threshold`` 3 as in the reference; all others are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,13 +51,14 @@ from framework.errors import NoEffectError, WiringError
 from framework.files import fingerprint
 from framework.method import Method, MethodStore
 from framework.model_files import model_fingerprint
-from framework.parameters import clean_name, lora_pairs
+from framework.parameters import lora_pairs
 from framework.reference import on_fast_device
 from framework.registry import register_method
-from framework.weight_edits import edit_parameters
+from framework.weight_edits import edit_parameters, plain_parameters, restore_digits
 from framework.weight_files import WeightFiles
 from methods.nest.config import NeSTConfig
 from methods.nest.functional import add_shared_vectors, fold_rows
+from methods.nest.held import HeldRows, find_held, put_back
 from methods.nest.patch import Patch, build_patch, write_patch
 from methods.nest.probe import PromptSet, build_prompts
 from methods.nest.selection import Neurons, Selection, find_neurons, load_selection, save_selection
@@ -83,18 +88,19 @@ class NeST(Method):
         self._selection: Selection | None = None
         self._start: Path | None = None
         self._patch: Patch | None = None
-        # Rows held where they are: parameter, rows, whether they are columns, and their values.
-        self._held: list[tuple[nn.Parameter, torch.Tensor, bool, torch.Tensor]] = []
+        self._held: list[HeldRows] = []
+        self._has_other_editors = False
 
     @property
     def points(self) -> tuple[str, ...]:
-        """The points this way of training fills: the vectors alone freeze, and without vectors nothing is folded."""
-        left_out = {
-            "deltas": set(),
-            "deltas+adapter": {"select_parameters"},
-            "all_but_neurons": {"select_parameters", "edit_weights"},
-        }[self.config.train]
-        return tuple(point for point in super().points if point not in left_out)
+        """The points this way of training fills: only the vectors alone freeze."""
+        return tuple(p for p in super().points if p != "select_parameters" or self.config.train == "deltas")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look who else edits the finished weights: no point is told, and a patch or held rows depend on it."""
+        if stage == "fit":
+            self._look_for_editors(trainer.callbacks)  # type: ignore[attr-defined]
+        super().setup(trainer, pl_module, stage)
 
     def prepare(self, model: nn.Module, datamodule: Any, store: MethodStore) -> None:
         """Probe the model, select and cluster, or find what an earlier run found."""
@@ -151,17 +157,23 @@ class NeST(Method):
         return set()
 
     def edit_weights(self, model: nn.Module) -> None:
-        """Add the vectors into their rows and take them off the model."""
-        selection, vectors = self._found(), getattr(model, CONTAINER)
+        """Add the vectors into their rows and take them off the model; or put held rows back where they were."""
         if self._start is None:
             raise WiringError("Method `nest` does not know its start model. Call `prepare_methods` before `fit`.")
+        selection, files = self._found(), WeightFiles(self._start)
+        if self.config.train == "all_but_neurons":
+            restore_digits(model, files)
+            put_back(self._held, files)
+            return
+        vectors = getattr(model, CONTAINER)
         deltas = {group.key: vectors[_escaped(group.key)].detach().float().cpu() for group in selection.groups}
         self._remove_hooks()
         delattr(model, CONTAINER)
         self.count("parameters_folded", sum(delta.numel() for delta in deltas.values()))
+        is_start = not restore_digits(model, files) and not _has_more(model, files)
         projections = find_projections(model, self.config.targets or ())
         transposed = frozenset(name for name, one in projections.items() if one.is_transposed)
-        updates, files = _updates(selection, deltas), WeightFiles(self._start)
+        updates = _updates(selection, deltas)
 
         def change(name: str, value: torch.Tensor) -> torch.Tensor | None:
             module = name.removesuffix(".weight")
@@ -177,17 +189,13 @@ class NeST(Method):
                 "Method `nest` did nothing: its vectors are still zero after training. Check the learning rate, or set "
                 "`allow_no_effect: true` if that is what you want to measure."
             )
+        if self.config.train != "deltas":
+            return
         # A model inside a wrapper of another name has no file of its own to be patched.
-        if self.config.train == "deltas" and all(f"{module}.weight" in files for module in updates):
-            self._patch = build_patch(
-                self.name,
-                asdict(selection),
-                deltas,
-                base=model_fingerprint(self._start),
-                files=files,
-                transposed=transposed,
-                has_originals=self.config.store_originals,
-            )
+        if is_start and not self._has_other_editors and all(f"{module}.weight" in files for module in updates):
+            self._patch = self._build_patch(deltas, files, transposed)
+        else:
+            self.count("patches_left_out")
 
     def write_files(self, folder: Path) -> None:
         """Write the patch, when the vectors are all that was trained."""
@@ -198,13 +206,7 @@ class NeST(Method):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put held rows back after a step; a point for it would count as filled in every way to train."""
-        if self._held:
-            with torch.no_grad():
-                for parameter, rows, is_transposed, values in self._held:
-                    if is_transposed:
-                        parameter[:, rows] = values.to(parameter)
-                    else:
-                        parameter[rows] = values.to(parameter)
+        put_back([one for one in self._held if one.is_trained])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     # ---- private -------------------------------------------------------------------------------------------------
@@ -235,28 +237,51 @@ class NeST(Method):
         self.count("modules_at_chance", sum(not one.is_convincing for one in selection.neurons))
 
     def _hold(self, model: nn.Module, selection: Selection) -> None:
-        """Remember the selected rows of every trained tensor they lie in."""
-        pairs = lora_pairs(model)
-        plain = {clean_name(name): p for name, p in model.named_parameters()}
-        projections = find_projections(model, self.config.targets or ())
-        for one in selection.neurons:
-            rows, module = torch.tensor(one.rows, dtype=torch.long), one.site.module
-            weight, pair = plain[f"{module}.weight"], pairs.get(module)
-            if not one.rows:
-                continue
-            # The update of row i is row i of B times A: holding B's row holds the weight's.
-            held = [(pair.B, False)] if pair is not None else []
-            held += [(weight, projections[module].is_transposed)] if weight.requires_grad else []
-            for parameter, is_transposed in held:
-                values = parameter.detach()[:, rows] if is_transposed else parameter.detach()[rows]
-                self._held.append((parameter, rows, is_transposed, values.clone()))
-            self.count("modules_matched", bool(held))
-        if not self._held:
+        """Remember the selected rows of every tensor they lie in; something has to train some of them."""
+        self._held = find_held(model, selection, self.config.targets or ())
+        trained = {one.name.removesuffix(".weight").removesuffix(".bias") for one in self._held if one.is_trained}
+        self.count("modules_matched", len(trained))
+        if not trained:
             raise WiringError(
                 "Expected the stage to train some of the selected rows with `train: all_but_neurons`, but its adapter "
                 "lies elsewhere: there is nothing to hold. Add gate_proj and up_proj to `adapter.targets`."
             )
         self.count("rows_held", selection.num_rows)
+
+    def _look_for_editors(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Remember whether other methods edit the finished weights, and refuse one that would move held rows."""
+        others = [c for c in callbacks if isinstance(c, Method) and c is not self and "edit_weights" in c.points]
+        self._has_other_editors = bool(others)
+        later = [method.name for method in others if callbacks.index(method) > callbacks.index(self)]
+        if self.config.train == "all_but_neurons" and later:
+            raise WiringError(
+                f"Expected `nest` with `train: all_but_neurons` to come after every method that edits the finished "
+                f"weights, but `{later[0]}` comes later and would move the held rows. Declare nest last: "
+                f"`order: [{', '.join([*(method.name for method in others), self.name])}]`."
+            )
+
+    def _build_patch(self, deltas: Mapping[str, torch.Tensor], files: WeightFiles, transposed: frozenset[str]) -> Patch:
+        return build_patch(
+            self.name,
+            asdict(self._found()),
+            deltas,
+            base=model_fingerprint(files.folder),
+            files=files,
+            transposed=transposed,
+            has_originals=self.config.store_originals,
+        )
+
+    def _acted(self, point: str) -> bool:
+        if point == "edit_weights" and self.config.train == "all_but_neurons":
+            return self.effects["rows_held"] > 0  # rows that nobody else edits are put back where they are
+        return super()._acted(point)
+
+
+def _has_more(model: nn.Module, files: WeightFiles) -> bool:
+    """Return whether a model computes with trained numbers beside those of its files."""
+    if any(bool(pair.B.any()) for pair in lora_pairs(model).values()):
+        return True
+    return any(p.requires_grad and name not in files for name, p in plain_parameters(model).items())
 
 
 def _escaped(key: str) -> str:

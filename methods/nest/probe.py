@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from framework.errors import DataError, WiringError
-from methods.nest.config import MIN_PROMPTS, NeSTConfig
+from methods.nest.config import MIN_PROMPTS, MIN_TRAINED, NeSTConfig
 from methods.nest.functional import (
     fit_probes,
     mean_difference,
@@ -63,7 +63,7 @@ def build_prompts(harmful: Sequence[Sequence[int]], ordinary: Sequence[Sequence[
         config: how many, and the seed.
 
     Raises:
-        DataError: a class has too few prompts, or a prompt stands in both.
+        DataError: a class has too few prompts, too few are left to train on, or a prompt stands in both.
     """
     classes = [list(dict.fromkeys(tuple(ids) for ids in prompts)) for prompts in (harmful, ordinary)]
     shared = set(classes[0]) & set(classes[1])
@@ -79,10 +79,16 @@ def build_prompts(harmful: Sequence[Sequence[int]], ordinary: Sequence[Sequence[
             f"{len(classes[0])} harmful and {len(classes[1])} ordinary ones. Name larger sets in `safety` and `benign`."
         )
     count = min(count, config.count or count)
+    away = max(1, round(config.held_out * count))
+    if count - away < MIN_TRAINED:
+        raise DataError(
+            f"Expected `held_out` to leave at least {MIN_TRAINED} of {count} prompts of each class to train the probes "
+            f"on, but got {config.held_out:g}, which leaves {count - away}. Lower `held_out`, or name larger sets in "
+            "`safety` and `benign`."
+        )
     generator = torch.Generator().manual_seed(config.seed)
     ids: list[tuple[int, ...]] = []
     held: list[bool] = []
-    away = max(1, round(config.held_out * count))
     for one in classes:
         order = torch.randperm(len(one), generator=generator)[:count].tolist()
         ids += [one[i] for i in order]

@@ -184,3 +184,19 @@ def test_prompts_are_balanced_drawn_by_the_seed_and_held_out_by_class():
     assert prompts.ids == build_prompts(harmful, ordinary, NeSTConfig(count=20)).ids
     assert prompts.ids != build_prompts(harmful, ordinary, NeSTConfig(count=20, seed=1)).ids
     assert len(build_prompts(harmful, ordinary, NeSTConfig()).ids) == 100
+
+
+@pytest.mark.parametrize(("held_out", "left"), [(0.999, 0), (0.97, 1)])
+def test_probes_need_prompts_to_train_on(held_out, left):
+    text = (
+        rf"`held_out` to leave at least 2 of 30 prompts .* but got {held_out}, which leaves {left}\. Lower `held_out`"
+    )
+    with pytest.raises(DataError, match=text):
+        build_prompts(*both(), NeSTConfig(held_out=held_out))
+
+
+def test_two_prompts_of_each_class_are_enough_to_train_on():
+    prompts = build_prompts(*both(), NeSTConfig(held_out=0.93))
+    labels = prompts.labels[~prompts.is_held_out]
+    assert labels.tolist() == [True, True, False, False]
+    assert bool(fit_probes(torch.randn(1, 4, 6), labels, decay=1e-3).weights.isfinite().all())
