@@ -96,10 +96,10 @@ def neuron_table(selection: Selection) -> Table:
     for column in ("layer", "gate", "up", "clusters gate", "clusters up", "probe accuracy"):
         table.add_column(column, justify="right")
     for layer, accuracy in selection.accuracy_by_layer.items():
-        sites = {one.site.kind: one for one in selection.neurons if one.site.layer == layer}
-        rows = [str(len(sites[kind].rows)) if kind in sites else "-" for kind in KINDS]
-        sizes = [" + ".join(map(str, cluster_sizes(sites[kind]))) if kind in sites else "-" for kind in KINDS]
-        table.add_row(str(layer), *rows, *(size or "-" for size in sizes), f"{accuracy:.1%}")
+        found = [_sites_of(selection, layer, kind) for kind in KINDS]
+        rows = [str(sum(len(one.rows) for one in sites)) if sites else "-" for sites in found]
+        sizes = [" + ".join(str(size) for one in sites for size in cluster_sizes(one)) or "-" for sites in found]
+        table.add_row(str(layer), *rows, *sizes, f"{accuracy:.1%}")
     return table
 
 
@@ -107,7 +107,8 @@ def neuron_svg(selection: Selection) -> str:
     """Return three panels as SVG, a row a layer: neurons of gate and of up by cluster, and probe accuracy."""
     layers = sorted({one.site.layer for one in selection.neurons})
     kinds = [kind for kind in KINDS if any(one.site.kind == kind for one in selection.neurons)]
-    most = max(1, *(len(one.rows) for one in selection.neurons))
+    bars = {(kind, layer): _sites_of(selection, layer, kind) for kind in kinds for layer in layers}
+    most = max(1, *(sum(len(one.rows) for one in sites) for sites in bars.values()))
     width = LEFT + (len(kinds) + 1) * (WIDTH + GAP)
     height = TOP + len(layers) * HEIGHT + 30
     parts = [
@@ -115,17 +116,21 @@ def neuron_svg(selection: Selection) -> str:
         'font-size="10">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="4" y="16" font-size="12">{selection.num_rows} neurons, {selection.num_parameters} numbers to '
-        "train; a bar is a module, a colour a cluster that shares one vector</text>",
+        "train; a bar is a layer, a colour a cluster that shares one vector</text>",
     ]
     for number, kind in enumerate(kinds):
         x = LEFT + number * (WIDTH + GAP)
         parts.append(f'<text x="{x}" y="{TOP - 8}" font-size="11">{kind}: selected neurons (most {most})</text>')
         parts += _layer_names(layers, x)
-        for one in selection.neurons:
-            if one.site.kind == kind:
-                parts += _bar(one, x, TOP + layers.index(one.site.layer) * HEIGHT, most)
+        for place, layer in enumerate(layers):
+            parts += _bar(bars[kind, layer], x, TOP + place * HEIGHT, most)
     parts += _accuracies(selection, LEFT + len(kinds) * (WIDTH + GAP), layers)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _sites_of(selection: Selection, layer: int, kind: str) -> list[Neurons]:
+    """Return the neurons of a layer by module: further targets may give it two modules of one kind."""
+    return [one for one in selection.neurons if (one.site.layer, one.site.kind) == (layer, kind)]
 
 
 def _layer_names(layers: list[int], x: float) -> list[str]:
@@ -135,16 +140,24 @@ def _layer_names(layers: list[int], x: float) -> list[str]:
     ]
 
 
-def _bar(neurons: Neurons, x: float, y: float, most: int) -> list[str]:
+def _bar(sites: list[Neurons], x: float, y: float, most: int) -> list[str]:
+    """Return the clusters of a layer's modules of one kind, one after the other."""
     parts = []
-    for label, size in enumerate(cluster_sizes(neurons)):
-        length = WIDTH * size / most
-        parts.append(
-            f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{HEIGHT - 2}" '
-            f'fill="{COLOURS[label % len(COLOURS)]}"><title>{neurons.site.module}, cluster {label}: {size} of '
-            f"{len(neurons.rows)} neurons</title></rect>"
-        )
-        x += length
+    colours: dict[str, int] = {}
+    end = 0
+    for one in sites:
+        sizes = cluster_sizes(one)
+        # A module of another group has vectors of its own, so its colours begin where those before it end.
+        start = colours.setdefault(one.group, end)
+        end = max(end, start + len(sizes))
+        for label, size in enumerate(sizes):
+            length = WIDTH * size / most
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{HEIGHT - 2}" '
+                f'fill="{COLOURS[(start + label) % len(COLOURS)]}"><title>{one.site.module}, cluster {label}: {size} '
+                f"of {len(one.rows)} neurons</title></rect>"
+            )
+            x += length
     return parts
 
 

@@ -19,7 +19,7 @@ from framework.chat import ChatEncoder
 from framework.errors import ConfigError, SeawallError
 from framework.evaluation.likelihood import ChoiceItem, score_choices
 from framework.files import to_plain, write_json
-from framework.models import ModelSpec, load_model
+from framework.models import ModelSpec, find_model, load_model, model_fingerprint
 
 __all__ = ["compare_choices", "right_answers"]
 
@@ -57,8 +57,7 @@ def compare_choices(outcomes: dict[str, list[int]], *, baseline: str) -> dict[st
         ConfigError: fewer than two models.
         DataError: the models answered different numbers of questions.
     """
-    if len(outcomes) < 2:
-        raise ConfigError(f"Expected a baseline and at least one other model, but got {', '.join(outcomes)}.")
+    _check_several(list(outcomes))
     pairs = {
         name: compare_pair(outcomes[baseline], right, with_hierarchical=False)
         for name, right in outcomes.items()
@@ -72,6 +71,11 @@ def compare_choices(outcomes: dict[str, list[int]], *, baseline: str) -> dict[st
             row |= {key: getattr(pairs[name], key) for key in PAIRED} | {"p_holm": corrected[name]}
         rows.append(row)
     return {"baseline": baseline, "rows": rows}
+
+
+def _check_several(labels: Sequence[str]) -> None:
+    if len(labels) < 2:
+        raise ConfigError(f"Expected a baseline and at least one other model, but got {', '.join(labels)}.")
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -97,9 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if len({label for label, _, _ in named}) < len(named):
             raise ConfigError(f"Expected every model under a label of its own, but got {arguments.models}.")
+        _check_several([label for label, _, _ in named])
         items = choice_items(arguments.choices)
+        # All of them before the first is scored, which takes long.
+        hashes = {label: model_fingerprint(find_model(ModelSpec(model)).folder) for label, _, model in named}
         outcomes = {label: right_answers(model, items, system=arguments.system) for label, _, model in named}
-        found = {"choices": arguments.choices, **compare_choices(outcomes, baseline=named[0][0])}
+        asked = {"choices": arguments.choices, "system": arguments.system, "fingerprints": hashes}
+        found = {**asked, **compare_choices(outcomes, baseline=named[0][0])}
     except SeawallError as error:
         print(f"seawall: {error}", file=sys.stderr)
         return error.exit_code

@@ -62,7 +62,7 @@ def distribute(arguments: argparse.Namespace, trainer: Any, work: Callable[[Cons
 
 def known_names() -> Any:
     """Return the registered names a configuration may use, to refuse a misspelt one before any model loads."""
-    from datamodules.catalog import known_look_alike_sets, known_pair_sets, known_prompt_sets
+    from datamodules.catalog import known_look_alike_sets, known_pair_sets, known_prompt_sets, prompt_sources
     from datamodules.tasks import known_tasks
     from framework.config import KnownNames
     from framework.default_model import DEFAULT_MODEL
@@ -77,6 +77,7 @@ def known_names() -> Any:
         look_alikes_data=frozenset(known_look_alike_sets()),
         safety_sets=frozenset(known_prompt_sets("safety")),
         over_refusal_sets=frozenset(known_prompt_sets("over_refusal")),
+        prompt_sources=prompt_sources,
     )
 
 

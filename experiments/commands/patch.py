@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove = actions.add_parser("remove", help="write a copy of a model with a patch taken off, bit by bit as it was")
     remove.add_argument("model", help="folder of the patched model")
     remove.add_argument("patch", help="name of the patch, or its file")
-    remove.add_argument("--base", metavar="MODEL", help="the model without patches, unless originals were kept")
+    remove.add_argument(
+        "--base", metavar="MODEL", help="the model the patch was trained on, unless originals were kept"
+    )
     remove.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the model")
     inspect = actions.add_parser("inspect", help="show what a patch changes, or which patches a model carries")
     inspect.add_argument("file", metavar="FILE|FOLDER", help="a patch file, or the folder of a patched model")
@@ -87,7 +89,10 @@ def _inspect(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
                 f"Expected `{place}` to carry patches, but it carries none. Name a patch file, or a folder that "
                 "`seawall patch apply` wrote."
             )
-        names = ", ".join(entry["name"] for entry in record.patches)
+        names = ", ".join(
+            f"{name} (trained on top of {' and '.join(below)})" if below else name
+            for name, below in record.needs.items()
+        )
         found = {"base": record.base, "model": record.model, "patches": list(record.patches)}
         return found, f"{place} carries {names} on the base {record.base}"
     patch = read_patch(place)

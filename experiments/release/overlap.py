@@ -1,7 +1,8 @@
 """Whether the prompts a model was measured with also stood in its training data.
 
 The training prompts are found again from the run's settings: every row of every source a stage draws from, more than a
-run with few steps really saw. What a method prepares on its own is not known here and is named as such.
+run with few steps really saw, and of every set that a method names to probe with. What a method prepares from other
+data is not known here and is named as such.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from framework.registry import create_method
 __all__ = ["Overlap", "OverlapKind", "TrainingPrompts", "find_overlap", "training_prompts"]
 
 OverlapKind = Literal["exact", "near"]
+PROBED: tuple[CatalogKind, ...] = ("safety", "benign")
+"""Settings of methods that name the sets their preparation reads, called after the kind of their rows."""
 NEAR_KINDS = ("harmful", "benign")
 """Prompts of a task are alike by nature: only the same one counts there."""
 
@@ -158,11 +161,23 @@ def _stage_rows(stage: StageConfig, seed: int) -> list[Example]:
 
 
 def _method_rows(method: Method, seed: int) -> tuple[list[Example], str]:
-    """Return the rows a method adds, and what of its data stays unknown."""
+    """Return the rows a method adds or names to probe with, and what of its data stays unknown."""
+    probed = _probed_rows(method, seed)
     recorder = _Recorder(seed)
     try:
         method.configure_data(recorder)
     except (SeawallError, AttributeError):  # it needs what only its preparation gives, or a real data module
-        return [], "rows that were made in preparation were not compared"
-    prepares = type(method).prepare is not Method.prepare
-    return recorder.rows, "prompts that its preparation read were not compared" if prepares else ""
+        return probed, "rows that were made in preparation were not compared"
+    reads_more = type(method).prepare is not Method.prepare and not probed
+    return [*probed, *recorder.rows], "prompts that its preparation read were not compared" if reads_more else ""
+
+
+def _probed_rows(method: Method, seed: int) -> list[Example]:
+    """Return all rows of the sets in a method's settings, also those that its ``count`` would leave out."""
+    rows: list[Example] = []
+    for kind in PROBED:
+        named = getattr(method.config, kind, ())
+        names = [named] if isinstance(named, str) else named
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            rows += [row for name in names for row in find_examples(kind, name, seed=seed)]
+    return rows

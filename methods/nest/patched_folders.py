@@ -12,19 +12,22 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from framework.errors import ConfigError, ModelError
-from framework.files import read_json, write_atomic, write_json
+from framework.files import read_json, write_json
 from framework.model_files import check_model_folder, model_fingerprint
 from methods.nest.functional import fold_rows
 from methods.nest.patch import Patch, PatchRows, read_patch, rows_digest, take_rows, write_patch
+from methods.nest.weight_copies import copy_changed
 
 __all__ = ["Applied", "PatchRecord", "apply_patches", "read_record", "remove_patch"]
 
 RECORD = "patches.json"
 FOLDER = "patches"
 SUFFIX = ".safetensors"
+
+
+Needs = Mapping[str, Sequence[str]]
 
 
 class Applied(NamedTuple):
@@ -43,8 +46,14 @@ class PatchRecord:
     """Fingerprint of the model without them."""
     model: str
     """Fingerprint of the model with them."""
-    patches: tuple[dict[str, str], ...]
-    """Name and identity of each, in the order they came."""
+    patches: tuple[dict[str, Any], ...]
+    """``name`` and ``identity`` of each, in the order they came, and as ``needs`` the names of the patches that were on
+    the model it was trained on: without them its rows would not be as they were."""
+
+    @property
+    def needs(self) -> Needs:
+        """By name, the patches a patch was trained on top of."""
+        return {entry["name"]: tuple(entry["needs"]) for entry in self.patches}
 
 
 def read_record(folder: Path) -> PatchRecord | None:
@@ -57,7 +66,9 @@ def read_record(folder: Path) -> PatchRecord | None:
     if not (folder / RECORD).is_file():
         return None
     content = read_json(folder / RECORD)
-    record = PatchRecord(content["base"], content["model"], tuple(content["patches"]))
+    # A record without `needs` was written when patches of one base alone were accepted.
+    entries = tuple({"needs": [], **entry} for entry in content["patches"])
+    record = PatchRecord(content["base"], content["model"], entries)
     if (found := model_fingerprint(folder)) != record.model:
         raise ModelError(
             f"Expected `{folder}` to be as patches left it ({record.model}), but got {found}: its weights were changed "
@@ -70,27 +81,23 @@ def apply_patches(model: Path, files: Sequence[Path], output: Path, *, keep_orig
     """Write a copy of a model folder with patches added to its rows.
 
     Args:
-        model: the base of the patches, or a folder with other patches of the same base on it.
+        model: what the patches were trained on, be it with patches on it or without; or a folder with other patches
+            of the same base on it.
         files: of the patches; a file's name is the patch's name on the model.
         output: must not exist.
         keep_originals: store the rows as they were with the patches in the new folder, so that they come off without
             the base.
 
     Raises:
-        ModelError: a file is no patch or was changed, or the model is not the patches' base.
-        ConfigError: two patches change the same rows or have one name, or ``output`` exists.
+        ModelError: a file is no patch or was changed, or the model is not what the patches were trained on.
+        ConfigError: two patches change the same rows, neither of them trained on top of the other, or have one name;
+            or ``output`` exists.
     """
     record = read_record(model)
-    base = model_fingerprint(model) if record is None else record.base
     before = [] if record is None else _carried(model, record)
     new = [replace(read_patch(path), name=path.stem) for path in files]
-    for path, patch in zip(files, new, strict=True):
-        if patch.base != base:
-            raise ModelError(
-                f"Expected `{path}` to be a patch for `{model}` (base {base}), but got one for the base {patch.base}. "
-                "Apply it to the model it was trained on."
-            )
-    _check_conflicts([*before, *new])
+    base, needs = _bases(model, record, dict(zip(files, new, strict=True)))
+    _check_conflicts([*before, *new], needs)
     originals: dict[str, dict[str, torch.Tensor]] = {patch.identity: {} for patch in new}
     sums = [0.0, 0.0]
 
@@ -107,7 +114,7 @@ def apply_patches(model: Path, files: Sequence[Path], output: Path, *, keep_orig
         kept = [patch.with_originals(originals[patch.identity]) if keep_originals else patch for patch in new]
         for patch in kept:
             write_patch(patch, folder / FOLDER / f"{patch.name}{SUFFIX}")
-        _write_record(folder, base, [*before, *new])
+        _write_record(folder, base, [*before, *new], needs)
     return Applied(sum(patch.num_rows for patch in new), (sums[0] / sums[1]) ** 0.5 if sums[1] else 0.0)
 
 
@@ -118,11 +125,11 @@ def remove_patch(model: Path, name: str, output: Path, *, base: Path | None = No
         model: a folder with patches on it.
         name: of the patch, or its file.
         output: must not exist.
-        base: the model without patches; None takes the rows stored with the patch.
+        base: the model the patch was trained on; None takes the rows stored with the patch.
 
     Raises:
-        ModelError: the folder carries no patches or not this one, ``base`` is another model, or the rows as they were
-            are not stored and no base is given.
+        ModelError: the folder carries no patches or not this one, another patch was trained on top of it, ``base`` is
+            another model, or the rows as they were are not stored and no base is given.
         ConfigError: ``output`` exists.
     """
     record = read_record(model)
@@ -133,16 +140,7 @@ def remove_patch(model: Path, name: str, output: Path, *, base: Path | None = No
             f"Expected `{model}` to carry the patch {name!r}, but it carries "
             f"{', '.join(patch.name for patch in carried) or 'none'}. Look with `seawall patch inspect`."
         )
-    if base is not None and (found := model_fingerprint(base)) != record.base:
-        raise ModelError(
-            f"Expected `{base}` to be the model the patches were put on ({record.base}), but got {found}. Name "
-            "that one."
-        )
-    if base is None and not chosen.has_originals:
-        raise ModelError(
-            f"Expected the rows as they were to be stored with the patch {chosen.name!r}, but they are not. Name the "
-            "model it was put on with `--base`, or apply patches with `--keep-originals`."
-        )
+    _check_removable(chosen, model, record, base)
     read = _rows_reader(base) if base is not None else None
 
     def change(weight: torch.Tensor, patch: Patch, key: str, part: PatchRows) -> torch.Tensor:
@@ -150,7 +148,7 @@ def remove_patch(model: Path, name: str, output: Path, *, base: Path | None = No
         if stored is None or rows_digest(stored) != part.digest:
             raise ModelError(
                 f"Expected the rows of `{part.module}` as they were before the patch, but got others. Name the model "
-                "it was put on with `--base`."
+                "it was trained on with `--base`."
             )
         restored = weight.clone()
         if part.is_transposed:
@@ -161,7 +159,8 @@ def remove_patch(model: Path, name: str, output: Path, *, base: Path | None = No
 
     with _copied(model, output, [chosen], change) as folder:
         (folder / FOLDER / f"{chosen.name}{SUFFIX}").unlink()
-        _write_record(folder, record.base, [patch for patch in carried if patch.identity != chosen.identity])
+        rest = [patch for patch in carried if patch.identity != chosen.identity]
+        _write_record(folder, record.base, rest, record.needs)
     return chosen.num_rows
 
 
@@ -183,12 +182,49 @@ def _carried(folder: Path, record: PatchRecord) -> list[Patch]:
     return found
 
 
+def _bases(model: Path, record: PatchRecord | None, new: Mapping[Path, Patch]) -> tuple[str, Needs]:
+    """Return the fingerprint of the model without patches, and what every patch on it needs, the new ones too."""
+    found = model_fingerprint(model) if record is None else record.model
+    base = found if record is None else record.base
+    needs: dict[str, Sequence[str]] = {} if record is None else dict(record.needs)
+    present = tuple(needs)
+    for path, patch in new.items():
+        if patch.base not in (base, found):
+            patched = f", with its patches {found}" if record is not None else ""
+            raise ModelError(
+                f"Expected `{path}` to be a patch for `{model}` (base {base}{patched}), but got one for the base "
+                f"{patch.base}. Apply it to the model it was trained on; if that one had patches on it, put them on "
+                "first."
+            )
+        needs.setdefault(patch.name, () if patch.base == base else present)
+    return base, needs
+
+
+def _check_removable(chosen: Patch, model: Path, record: PatchRecord, base: Path | None) -> None:
+    above = [name for name, needed in reversed(list(record.needs.items())) if chosen.name in needed]
+    if above:
+        raise ModelError(
+            f"Expected no patch on `{model}` to be trained on top of {chosen.name!r}, but got {', '.join(above)}. Take "
+            f"{'it' if len(above) == 1 else 'them'} off first{', in this order' if len(above) > 1 else ''}."
+        )
+    if base is not None and (found := model_fingerprint(base)) != chosen.base:
+        raise ModelError(
+            f"Expected `{base}` to be the model the patch {chosen.name!r} was trained on ({chosen.base}), but got "
+            f"{found}. Name that one."
+        )
+    if base is None and not chosen.has_originals:
+        raise ModelError(
+            f"Expected the rows as they were to be stored with the patch {chosen.name!r}, but they are not. Name the "
+            "model it was trained on with `--base`, or apply patches with `--keep-originals`."
+        )
+
+
 def _chosen(carried: Sequence[Patch], name: str) -> Patch | None:
     wanted = read_patch(Path(name)).identity if name.endswith(SUFFIX) else None
     return next((patch for patch in carried if name == patch.name or patch.identity == wanted), None)
 
 
-def _check_conflicts(patches: Sequence[Patch]) -> None:
+def _check_conflicts(patches: Sequence[Patch], needs: Needs) -> None:
     names = [patch.name for patch in patches]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -199,7 +235,8 @@ def _check_conflicts(patches: Sequence[Patch]) -> None:
     problems = []
     for place, second in enumerate(patches):
         for first in patches[:place]:
-            shared = _shared_rows(first, second)
+            # A patch trained on top of another one saw its rows as that one left them.
+            shared = {} if first.name in needs[second.name] else _shared_rows(first, second)
             if shared:
                 module, rows = next(iter(shared.items()))
                 problems.append(
@@ -280,30 +317,30 @@ def _copied(model: Path, output: Path, patches: Sequence[Patch], change: Change)
 def _copy_weights(source: Path, target: Path, patches: Sequence[Patch], change: Change) -> set[str]:
     """Write one weight file with what the patches change in it; return the modules that lie in it."""
     with safe_open(source, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    found = set()
+        stored = set(file.keys())
+    wanted: dict[str, list[tuple[Patch, str, PatchRows]]] = {}
     for patch in patches:
         for key, part in patch.parts.items():
-            name = f"{part.module}.weight"
-            if name in tensors:
-                tensors[name] = change(tensors[name], patch, key, part)
-                found.add(part.module)
-    if found:
-        write_atomic(target, save(tensors, metadata=metadata))
-    else:
-        shutil.copy2(source, target)
-    return found
+            if (name := f"{part.module}.weight") in stored:
+                wanted.setdefault(name, []).append((patch, key, part))
+
+    def changed(name: str, weight: torch.Tensor) -> torch.Tensor:
+        for patch, key, part in wanted[name]:
+            weight = change(weight, patch, key, part)
+        return weight
+
+    copy_changed(source, target, wanted, changed)
+    return {name.removesuffix(".weight") for name in wanted}
 
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("adapter_"))
 
 
-def _write_record(folder: Path, base: str, patches: Sequence[Patch]) -> None:
+def _write_record(folder: Path, base: str, patches: Sequence[Patch], needs: Needs) -> None:
     if not patches:
         (folder / RECORD).unlink(missing_ok=True)
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return
-    entries: tuple[Mapping[str, Any], ...] = tuple({"name": p.name, "identity": p.identity} for p in patches)
-    write_json(folder / RECORD, asdict(PatchRecord(base, model_fingerprint(folder), tuple(map(dict, entries)))))
+    entries = tuple({"name": p.name, "identity": p.identity, "needs": list(needs[p.name])} for p in patches)
+    write_json(folder / RECORD, asdict(PatchRecord(base, model_fingerprint(folder), entries)))

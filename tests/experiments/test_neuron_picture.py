@@ -72,6 +72,38 @@ def test_the_picture_of_a_model_without_gates_has_one_panel_of_neurons(tmp_path)
     assert "-" in shown(neuron_table(selection))
 
 
+def make_doubled(group):
+    """Two modules of one layer that count as ``up``, and one of another layer."""
+
+    def neurons(layer, name, clusters):
+        site = Site(f"model.layers.{layer}.mlp.{name}", "up", layer, 0, 8)
+        rows = tuple(range(len(clusters)))
+        return Neurons(site, rows, clusters, group or site.key, (4.0,) * len(rows), 0.9, True)
+
+    found = (
+        neurons(0, "up_proj", (0, 1, 0)),
+        neurons(0, "down_proj", (0, 0, 1, 1)),
+        neurons(1, "up_proj", (0, 0)),
+    )
+    return Selection(found, tuple(Group(key, 2, 32) for key in sorted({one.group for one in found})), 100, 20)
+
+
+@pytest.mark.parametrize(("group", "colours"), [(None, 4), ("layer 0", 2)])
+def test_two_modules_of_one_kind_in_a_layer_stand_side_by_side(group, colours):
+    selection = make_doubled(group)
+    text = shown(neuron_table(selection))
+    assert "9 neurons" in text
+    cells = [line.split() for line in text.splitlines()[3:] if line.strip()]
+    assert ["0", "-", "7", "-", "2", "+", "1", "+", "2", "+", "2", "90.0%"] in cells
+    root = ElementTree.fromstring(neuron_svg(selection))
+    bars = [one for one in root.iter(f"{SVG}rect") if one.find(f"{SVG}title") is not None]
+    layer = [one for one in bars if "layers.0" in one.find(f"{SVG}title").text]
+    assert len({one.get("fill") for one in layer}) == colours
+    ends = [float(one.get("x")) + float(one.get("width")) for one in layer]
+    assert [float(one.get("x")) for one in layer[1:]] == pytest.approx(ends[:-1], abs=0.11)
+    assert ends[-1] - float(layer[0].get("x")) == pytest.approx(260, abs=0.1)
+
+
 def test_the_table_names_rows_clusters_and_accuracy_by_layer():
     text = shown(neuron_table(make_selection()))
     assert "9 neurons, 192 numbers to train; probes tested on 20 of 100 prompts" in text

@@ -8,6 +8,7 @@ from experiments.cli import main
 from framework.model_files import model_fingerprint
 from methods.nest.patch import write_patch
 from tests.conftest import make_model, make_tokenizer
+from tests.methods.nest.test_patched_folders import patch_for
 from tests.methods.nest.tiny_neurons import move_vectors, prepared
 
 
@@ -57,6 +58,23 @@ def test_originals_kept_on_request_make_the_base_unnecessary(patch, tmp_path, ca
     )
     assert run(capsys, "patch", "remove", tmp_path / "on", patch, "--output", tmp_path / "off")[0] == 0
     assert model_fingerprint(tmp_path / "off") == model_fingerprint(tmp_path / "start")
+
+
+def test_a_patch_trained_on_a_patched_model_comes_off_first(patch, tmp_path, capsys):
+    start, on, both = tmp_path / "start", tmp_path / "on", tmp_path / "both"
+    assert run(capsys, "patch", "apply", start, patch, "--output", on)[0] == 0
+    more = patch_for(on, tmp_path / "more.safetensors")
+    assert run(capsys, "patch", "apply", on, more, "--output", both)[0] == 0
+    code, out, _ = run(capsys, "patch", "inspect", both)
+    assert code == 0
+    assert "carries mend, more (trained on top of mend) on the base" in " ".join(out.split())
+    code, out, _ = run(capsys, "patch", "inspect", both, "--json")
+    assert [one["needs"] for one in json.loads(out)["patches"]] == [[], ["mend"]]
+    code, _, err = run(capsys, "patch", "remove", both, "mend", "--base", start, "--output", tmp_path / "off")
+    assert code == 2
+    assert "but got more. Take it off first." in " ".join(err.split())
+    assert run(capsys, "patch", "remove", both, "more", "--base", on, "--output", tmp_path / "off")[0] == 0
+    assert model_fingerprint(tmp_path / "off") == model_fingerprint(on)
 
 
 def test_a_folder_without_patches_and_another_base_are_refused(patch, tmp_path, capsys):

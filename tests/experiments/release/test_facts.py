@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from experiments.measured_runs import read_samples
@@ -142,13 +144,35 @@ def test_training_prompts_include_those_of_methods_poison_and_tasks(finished_run
 
     config = read_finished_run(finished_run).config
     data = DataConfig(task="triage", task_count=16, harmful_share=0.5)
-    methods = {"safety_mix": {"count": 4}, "sppft": {}}
+    methods = {"safety_mix": {"count": 4}, "ewc": {}}
     stage = StageConfig(data=data, methods=methods)
     found = training_prompts(replace(config, stages=StagesConfig(finetune=stage)))
     assert {row.prompt for row in safety_examples("embedded", seed=0)} <= set(found.prompts)
     poison = {prompt.text for prompt in evaluation_prompts("embedded", kind="safety", split="poison")}
     assert poison <= set(found.prompts)
     assert len(found.prompts) >= 16 + len(poison)
-    assert found.unknown == (
-        "prompts that its preparation read were not compared (method `sppft` in stage `finetune`)",
-    )
+    assert found.unknown == ("prompts that its preparation read were not compared (method `ewc` in stage `finetune`)",)
+
+
+@pytest.mark.parametrize(("method", "is_list"), [("nest", True), ("sppft", False)])
+def test_training_prompts_include_those_that_methods_probe_with(tmp_path, finished_run, method, is_list):
+    from dataclasses import replace
+
+    from framework.config import StageConfig, StagesConfig
+
+    options = {}
+    for kind in ("safety", "benign"):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text(json.dumps({"prompt": f"Please tell me of the {kind} word 7", "response": "No."}) + "\n")
+        options[kind] = [str(path)] if is_list else str(path)
+    config = read_finished_run(finished_run).config
+    found = training_prompts(replace(config, stages=StagesConfig(align=StageConfig(methods={method: options}))))
+    assert found.unknown == ()
+    measured = [
+        line(1, "please tell me of the safety word 7"),
+        line(2, "Please tell me of the benign word 7", "benign"),
+    ]
+    assert find_overlap([*measured, line(3, "Something else.")], found).exact == ("s/1", "s/2")
+    (tmp_path / "safety.jsonl").unlink()
+    with pytest.raises(DataError, match=r"safety\.jsonl"):
+        training_prompts(replace(config, stages=StagesConfig(align=StageConfig(methods={method: options}))))

@@ -134,7 +134,7 @@ def test_another_base_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"to be a patch for `.*other` \(base .*\), but got one for the base"):
         apply_patches(tmp_path / "other", [path], tmp_path / "on")
     apply_patches(tmp_path / "start", [path], tmp_path / "on")
-    with pytest.raises(ModelError, match="to be the model the patches were put on"):
+    with pytest.raises(ModelError, match="to be the model the patch 'mend' was trained on"):
         remove_patch(tmp_path / "on", "mend", tmp_path / "off", base=tmp_path / "other")
 
 
