@@ -5,8 +5,8 @@ or ``easy`` where both occur, else ``never`` (h = 0) or ``always`` (s = 0), or `
 fewer than half of the rollouts. Sampling stops early when the class at K is settled. A prompt that has shown both
 outcomes is, once the rollouts left would move it across the hard rate with little chance: beta-binomial under Jeffreys'
 prior, so that the rule holds for any K. No prior says how rare an outcome is that was never seen, so a prompt of one
-outcome takes most of its rollouts: two thirds of the others after the first where it was never harmful (three quarters
-of all where K is below 16), four fifths of all where it was never safe: one safe reply more is a target to learn.
+outcome takes most of its rollouts: two thirds where it was never harmful, four fifths where it was never safe, for one
+safe reply more is a target to learn.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class StopRule(NamedTuple):
     @property
     def never(self) -> int:
         """Rollouts after which a prompt that was never harmful is settled."""
-        # Of few rollouts the last ones decide more often, and stopping earlier saves less.
-        return math.ceil(2 * (self.most - 1) / 3) if self.most >= 16 else math.ceil(0.75 * self.most)
+        return math.ceil(2 * self.most / 3)
 
     @property
     def always(self) -> int:
