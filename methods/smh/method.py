@@ -182,17 +182,14 @@ class SMH(Method):
         return [rows[i] for i in order]
 
     def _check_left(self, groups: Groups) -> None:
-        """Refuse to train without what was mined, and count what the data module dropped."""
-        harmful, benign = self._rows or ([], [])
+        """Refuse to train without what was mined, and count what the data module dropped of it."""
+        harmful = self._rows[0] if self._rows else []
         if harmful and not groups.harmful:
             raise DataError(
                 f"Expected some of {len(harmful)} mined rows to fit, but got none: all are longer than `max_length` "
                 "and were dropped. Raise `max_length`, or set `overflow` to truncate_left."
             )
-        num_benign = 0 if not self.config.needs_benign else len(benign)
-        if self.config.needs_benign and not self._is_controlled:
-            num_benign = min(num_benign, round(len(harmful) * self.config.ratio))
-        self.effects["rows_dropped"] = len(harmful) + num_benign - len(groups.harmful) - len(groups.benign)
+        self.effects["harmful_rows_dropped"] = len(harmful) - len(groups.harmful)
 
     def _groups(self, rows: list[Example]) -> Groups:
         """Return the numbers of the rows by kind: harmful and harmless ones in the order they were chosen."""

@@ -198,7 +198,7 @@ def test_rows_that_do_not_fit_are_counted_and_never_all_of_them(store, tmp_path)
     prepare_methods([method], make_model(), data, store)
     method.configure_data(data)
     assert kinds(row.id for row in data.rows).replace("t", "") == "hbhbhbhb"
-    assert (method.effects["rows_dropped"], method.effects["rows_mixed_in"]) == (1, 8)
+    assert (method.effects["harmful_rows_dropped"], method.effects["rows_mixed_in"]) == (1, 8)
     data = make_data(max_length=120, overflow="drop")
     method = SMH(SMHConfig(mined=long_file(tmp_path, lambda line: line["kind"] == "harmful"), share=1.0))
     prepare_methods([method], make_model(), data, store)
