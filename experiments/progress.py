@@ -30,6 +30,10 @@ from experiments.console import format_seconds
 __all__ = ["Steps", "TrainingProgress", "evaluation_bars"]
 
 LINE_EVERY = 0.1
+FORETOLD_FROM = 0.01
+"""Share of a task's own work after which its time left is worth saying."""
+AT_ONCE = 0.5
+"""Seconds."""
 """Share of a task between two plain lines."""
 
 Update = Callable[..., None]
@@ -169,14 +173,17 @@ class _PlainTask:
         self._stream = stream
         self._started = time.monotonic()
         self._next = 0.0
+        self._before: int | None = None
         self._is_over = False
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None:
         total = total or self._total
         if self._is_over or not total:
             return
+        if self._before is None:  # what is done at once was done before, by the run that is gone on with
+            self._before = done if time.monotonic() - self._started < AT_ONCE else 0
         share = done / total
-        if share < self._next and done < total:
+        if share < self._next - 1e-9 and done < total:
             return
         self._next = (int(share / LINE_EVERY + 1e-9) + 1) * LINE_EVERY
         elapsed = time.monotonic() - self._started
@@ -184,7 +191,12 @@ class _PlainTask:
         if self._is_over:
             when = format_seconds(elapsed)
         else:
-            when = f"{format_seconds(elapsed / done * (total - done))} left" if done else "started"
+            own = done - self._before
+            # The first of a thousand pieces carries the start-up with it: hours would be foretold for minutes.
+            is_known = own >= FORETOLD_FROM * (total - self._before)
+            if own and not is_known:
+                self._next = self._before / total + FORETOLD_FROM * (1 - self._before / total)
+            when = f"{format_seconds(elapsed / own * (total - done))} left" if own and is_known else "started"
         print(_line(self._name, done, total, when, note), file=self._stream or sys.stderr, flush=True)
 
 

@@ -92,6 +92,19 @@ def check_order(callbacks: Sequence[pl.Callback]) -> None:
                 f"Methods {sharing} both fill `{point}`, where the order changes the result. Say which comes first: "
                 f"`order: [{', '.join(sharing)}]`."
             )
+    _check_edit_places([method for method in methods if "edit_weights" in method.points])
+
+
+def _check_edit_places(editors: Sequence[Method]) -> None:
+    for place, should in enumerate(editors):
+        wanted = {"first": 0, "last": len(editors) - 1}.get(should.edit_place or "", place)
+        if wanted != place:
+            others = [method.name for method in editors if method is not should]
+            right = [should.name, *others] if should.edit_place == "first" else [*others, should.name]
+            raise WiringError(
+                f"Expected `{should.name}` to come {should.edit_place} among the methods that edit the finished weights"
+                f", but got {[method.name for method in editors]}. Write `order: [{', '.join(right)}]`."
+            )
 
 
 def _check_support(trainer: pl.Trainer, module: pl.LightningModule, methods: Sequence[Method]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from framework.schema import DataConfig, EvaluateCommandConfig, EvaluateConfig, 
 
 __all__ = ["KnownNames", "MethodCheck", "evaluate_problems", "run_problems"]
 
-MethodCheck = Callable[[dict[str, dict[str, Any]]], list[str]]
-"""Takes the methods of one stage, returns one sentence per problem."""
+MethodCheck = Callable[[dict[str, dict[str, Any]], Sequence[str]], list[str]]
+"""Takes the methods of one stage and their declared order, returns one sentence per problem."""
 
 
 _FILES = "A file"
@@ -152,7 +152,7 @@ def _data(data: DataConfig, path: str, known: KnownNames) -> Iterator[Problem]:
 
 def _methods(stage: StageConfig, path: str, validate: MethodCheck | None) -> Iterator[Problem]:
     if validate is not None:
-        for text in validate(stage.methods):
+        for text in validate(stage.methods, stage.order or ()):
             yield Problem(f"{path}.methods", f"In `{path}.methods`: {text}")
     for name in stage.order or []:
         if name not in stage.methods:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -174,6 +174,11 @@ class Method(pl.Callback):
     def points(self) -> tuple[str, ...]:
         """The contribution points this method fills."""
         return points_of(type(self))
+
+    @property
+    def edit_place(self) -> Literal["first", "last"] | None:
+        """Which place this method must have among those that edit the finished weights; None where any is right."""
+        return None
 
     def report(self, name: str, value: float | torch.Tensor) -> None:
         """Log ``value`` as ``train/<method>/<name>`` with the next training batch."""

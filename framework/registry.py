@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, TypeVar
 
-from framework.errors import ConfigError, describe_unknown
+from framework.composition import compose
+from framework.errors import ConfigError, WiringError, describe_unknown
 from framework.method import Method, points_of
 
 __all__ = ["MethodEntry", "create_method", "known_methods", "register_method", "validate_methods"]
@@ -98,9 +99,21 @@ def create_method(name: str, options: Mapping[str, Any] | None = None) -> Method
     return entry.method_class(entry.config_class(**(options or {})))
 
 
-def validate_methods(methods: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """Return every problem in a ``methods:`` mapping, empty when there is none."""
-    return [problem for name, options in methods.items() for problem in _problems(name, options or {})]
+def validate_methods(methods: Mapping[str, Mapping[str, Any] | None], order: Sequence[str] = ()) -> list[str]:
+    """Return every problem in a ``methods:`` mapping, empty when there is none.
+
+    Args:
+        methods: settings of the methods of one stage, by name.
+        order: names of methods whose order matters. One that is not among ``methods`` is the caller's to refuse.
+    """
+    problems = [problem for name, options in methods.items() for problem in _problems(name, options or {})]
+    if problems or not methods or not set(order) <= set(methods):
+        return problems
+    try:
+        compose([create_method(name, options) for name, options in methods.items()], order=order)
+    except (ConfigError, WiringError) as error:
+        return [str(error)]
+    return []
 
 
 def _origin(method_class: type[Method]) -> tuple[str, str]:

@@ -30,6 +30,9 @@ Logged: ``rows``, ``vectors``, ``accuracy`` (held-out, mean over modules) and ``
 ``patches_left_out`` where ``train: deltas`` gives no patch, because the finished model is not the start model with the
 vectors alone: another method edits weights, or something else was trained.
 
+Composes with methods that edit the finished weights when it comes first among them (`order`), for they know plain
+weights only; with `train: all_but_neurons` when it comes last.
+
 Does not compose with: a second method that needs the model without its vectors from a switched-off adapter; quantised
 weights, whose rows nothing can be folded into; strategies that cut the weights.
 
@@ -41,7 +44,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -95,6 +98,11 @@ class NeST(Method):
     def points(self) -> tuple[str, ...]:
         """The points this way of training fills: only the vectors alone freeze."""
         return tuple(p for p in super().points if p != "select_parameters" or self.config.train == "deltas")
+
+    @property
+    def edit_place(self) -> Literal["first", "last"]:
+        """Vectors are folded before others edit, who know plain weights only; held rows are put back after them."""
+        return "last" if self.config.train == "all_but_neurons" else "first"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Look who else edits the finished weights: no point is told, and a patch or held rows depend on it."""
@@ -249,16 +257,9 @@ class NeST(Method):
         self.count("rows_held", selection.num_rows)
 
     def _look_for_editors(self, callbacks: Sequence[pl.Callback]) -> None:
-        """Remember whether other methods edit the finished weights, and refuse one that would move held rows."""
+        """Remember whether other methods edit the finished weights."""
         others = [c for c in callbacks if isinstance(c, Method) and c is not self and "edit_weights" in c.points]
         self._has_other_editors = bool(others)
-        later = [method.name for method in others if callbacks.index(method) > callbacks.index(self)]
-        if self.config.train == "all_but_neurons" and later:
-            raise WiringError(
-                f"Expected `nest` with `train: all_but_neurons` to come after every method that edits the finished "
-                f"weights, but `{later[0]}` comes later and would move the held rows. Declare nest last: "
-                f"`order: [{', '.join([*(method.name for method in others), self.name])}]`."
-            )
 
     def _build_patch(self, deltas: Mapping[str, torch.Tensor], files: WeightFiles, transposed: frozenset[str]) -> Patch:
         return build_patch(

@@ -32,6 +32,30 @@ def test_plain_lines_come_about_every_tenth_with_the_time_left() -> None:
     assert "left" not in lines[-1]
 
 
+def test_the_time_left_is_told_from_the_own_work_and_not_from_its_start_up(monkeypatch) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("experiments.progress.time.monotonic", lambda: now[0])
+    with Steps(Console(file=io.StringIO()), stream=stream) as steps:
+        update = steps.task("mine", 1000)
+        for done in range(1, 1001):
+            now[0] = 10.0 + done
+            update(done)
+    started, first, *_ = stream.getvalue().splitlines()
+    assert started == "mine: 1/1000 (0 %), started"
+    assert first.startswith("mine: 10/1000 (1 %), 33 min")
+
+
+def test_what_was_done_before_a_run_went_on_does_not_shorten_the_time_left(monkeypatch) -> None:
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr("experiments.progress.time.monotonic", lambda: now[0])
+    with Steps(Console(file=io.StringIO()), stream=stream) as steps:
+        update = steps.task("train", 100)
+        update(50)
+        now[0] = 20.0
+        update(60)
+    assert stream.getvalue().splitlines() == ["train: 50/100 (50 %), started", "train: 60/100 (60 %), 1 min 20 s left"]
+
+
 def test_plain_tasks_of_unknown_length_wait_for_it(capsys) -> None:
     with Steps(Console(file=io.StringIO())) as steps:
         update = steps.task("evaluate", None)

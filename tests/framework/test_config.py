@@ -142,7 +142,7 @@ def test_all_problems_come_at_once(recipe: Path) -> None:
         "seeds=3",
         "stages.align.data.task_count=4",
         known=KnownNames(judges=frozenset({"rule"})),
-        validate_methods=lambda methods: [f"{name} is odd" for name in methods],
+        validate_methods=lambda methods, order: [f"{name} is odd" for name in methods],
     )
     assert len(found) == 9
     text = "\n".join(found)

@@ -19,7 +19,7 @@ def test_a_run_without_stages_may_measure_the_untouched_model() -> None:
 def test_a_stage_with_edits_only_needs_no_data() -> None:
     stages = StagesConfig(repair=StageConfig(methods={"resta": {}}, max_steps=0))
     config = RunConfig(name="a", stages=stages, evaluate=EvaluateConfig(task=False, after=["repair"]))
-    assert run_problems(config, known=KnownNames(), validate_methods=lambda _: []) == []
+    assert run_problems(config, known=KnownNames(), validate_methods=lambda _, order: []) == []
 
 
 def test_problems_carry_the_path_they_are_about() -> None:

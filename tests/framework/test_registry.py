@@ -106,6 +106,18 @@ def test_every_problem_of_every_method_is_listed(draft):
     assert validate_methods({"asft": None, "safety_mix": {}}) == []
 
 
+def test_an_order_that_is_missing_or_cannot_work_is_a_problem_of_the_settings():
+    both = {"safe_lora": {}, "nest": {"train": "deltas+adapter"}}
+    assert [text.split(", where")[0] for text in validate_methods(both)] == [
+        "Methods ['safe_lora', 'nest'] both fill `edit_weights`"
+    ]
+    (problem,) = validate_methods(both, ["safe_lora", "nest"])
+    assert problem.endswith("but got ['safe_lora', 'nest']. Write `order: [nest, safe_lora]`.")
+    assert validate_methods(both, ["nest", "safe_lora"]) == []
+    assert validate_methods(both, ["nest", "nest"])[0].startswith("Expected `order` to name every method once")
+    assert validate_methods(both, ["nest", "a_misspelt_one"]) == []  # the stage names it
+
+
 def test_a_type_error_in_the_settings_is_reported(draft):
     assert validate_methods({"draft": {"rate": "x"}}) == [
         "draft: '<' not supported between instances of 'str' and 'int'"

@@ -81,7 +81,7 @@ def test_bad_studies_are_refused(study: Path, override: str, expected: str) -> N
 def test_a_problem_of_many_cells_is_listed_once_with_a_label(study: Path) -> None:
     loaded = load_study_config(study, ["seeed=1", "grid.methods.Full.overrides={learning_rate: 1}"])
     with pytest.raises(ConfigError) as caught:
-        study_cells(loaded, validate_methods=lambda methods: ["unknown method"] if methods else [])
+        study_cells(loaded, validate_methods=lambda methods, order: ["unknown method"] if methods else [])
     assert sorted(text.split(":")[0] for text in caught.value.problems) == [
         "In `AsFT`",
         "In `Full`",

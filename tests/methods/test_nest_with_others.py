@@ -13,9 +13,11 @@ from framework.method import Method
 from framework.parameters import lora_pairs
 from framework.weight_edits import digits_of, restore_digits
 from framework.weight_files import WeightFiles
+from methods.nest.config import NeSTConfig
+from methods.nest.method import NeST
 from tests.conftest import make_model
 from tests.methods.nest.tiny_neurons import make_gpt2, make_neox, make_phi3, prepared
-from tests.tiny_runs import make_lora, make_trainer, run_fit
+from tests.tiny_runs import make_lora, run_fit
 
 MODELS = {"llama": make_model, "gpt2": make_gpt2, "neox": make_neox, "phi3": make_phi3}
 TARGETS = {"llama": ("gate_proj", "up_proj", "q_proj"), "gpt2": ("c_fc",), "neox": ("dense_h_to_4h",)}
@@ -178,8 +180,15 @@ def test_holding_rows_beside_another_edit_needs_an_order_with_nest_last(tmp_path
     method, other = prepared(tmp_path, model, train="all_but_neurons"), Shifts()
     with pytest.raises(WiringError, match=r"both fill `edit_weights`"):
         compose([method, other])
-    with pytest.raises(WiringError, match=r"`shifts` comes later .* last: `order: \[shifts, nest\]`"):
+    with pytest.raises(WiringError, match=r"`nest` to come last .* `order: \[shifts, nest\]`"):
         run_fit(model, [method, other], order=["nest", "shifts"])
-    trainer = make_trainer([method, other])
-    with pytest.raises(WiringError, match="comes later"):
-        method.setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize("train", ["deltas", "deltas+adapter"])
+def test_vectors_are_folded_before_other_edits_and_an_order_says_so(tmp_path, train):
+    method, other = NeST(NeSTConfig(train=train)), Shifts()
+    with pytest.raises(
+        WiringError, match=r"`nest` to come first .* got \['shifts', 'nest'\].* `order: \[nest, shifts\]`"
+    ):
+        compose([method, other], order=["shifts", "nest"])
+    assert compose([other, method], order=["nest", "shifts"]) == [method, other]
