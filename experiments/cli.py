@@ -50,6 +50,7 @@ ORDER = (
     "new-method",
     "conformance",
     "doctor",
+    "cache",
 )
 
 

@@ -128,7 +128,12 @@ def _check_disk() -> Check:
     free = shutil.disk_usage(folder).free / 1e9
     detail = f"{free:.1f} GB free at {folder}"
     if free < _DISK_NEEDED:
-        return Check("disk", "warn", detail, f"Free {_DISK_NEEDED:.0f} GB, or point SEAWALL_CACHE at a larger disk.")
+        return Check(
+            "disk",
+            "warn",
+            detail,
+            f"Free {_DISK_NEEDED:.0f} GB (`seawall cache`), or point SEAWALL_CACHE at a larger disk.",
+        )
     return Check("disk", "ok", detail)
 
 

@@ -91,7 +91,8 @@ def _storage_errors(path: Path, *, within: Path | None = None) -> Iterator[None]
             raise
         raise StorageError(
             f"Expected `{path}` to be writable, but got {error.strerror or error}. "
-            "Free some space or choose another folder (`output=` or the variable SEAWALL_CACHE)."
+            "Free some space (`seawall cache remove --help`) or choose another folder (`output=` or the variable "
+            "SEAWALL_CACHE)."
         ) from error
 
 
@@ -137,9 +138,13 @@ class ArtifactStore:
         return self.root / kind / fingerprint(key)
 
     def find(self, kind: str, key: Any) -> Path | None:
-        """Return the folder of a complete artefact, or None."""
+        """Return the folder of a complete artefact, or None. The time of its manifest says when it was last found."""
         folder = self.path(kind, key)
-        return folder if (folder / MANIFEST).is_file() else None
+        if not (folder / MANIFEST).is_file():
+            return None
+        with contextlib.suppress(OSError):  # another's cache, or one on a read-only disk
+            os.utime(folder / MANIFEST)
+        return folder
 
     @contextlib.contextmanager
     def writing(self, kind: str, key: Any, *, keep_partial: bool = False) -> Iterator[Path]:
