@@ -23,6 +23,9 @@ from framework.errors import ConfigError, ModelError, SeawallError
 
 __all__ = ["Answer", "EndpointClient", "Question", "UnansweredError"]
 
+MASK = "[key]"
+"""Stands where a server repeated the API key."""
+
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 """Status codes that may pass."""
 CONNECT_SECONDS = 10.0
@@ -179,7 +182,16 @@ class EndpointClient:
     def _text(self, response: requests.Response) -> str:
         """Return the body; a server that repeats the key does not get it into our files."""
         text = response.content.decode("utf-8", errors="replace")
-        return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+        if len(self._key) < SHORTEST_SECRET:
+            return text
+        text = text.replace(self._key, MASK)
+        try:
+            body = json.loads(text)
+        except ValueError:
+            return text
+        # JSON may spell the key with escapes, which the text then hides and whoever decodes it brings back.
+        masked = _masked(body, self._key)
+        return text if masked == body else json.dumps(masked)
 
     def _words(self, response: requests.Response) -> str:
         """Return what the server says is wrong, in one short line."""
@@ -226,6 +238,17 @@ class EndpointClient:
             return [str(item["id"]) for item in json.loads(self._text(response))["data"]]
         except (requests.RequestException, ValueError, KeyError, TypeError):
             return []
+
+
+def _masked(value: Any, secret: str) -> Any:
+    """Return decoded JSON with a secret taken out of every string."""
+    if isinstance(value, str):
+        return value.replace(secret, MASK)
+    if isinstance(value, list):
+        return [_masked(item, secret) for item in value]
+    if isinstance(value, dict):
+        return {_masked(name, secret): _masked(item, secret) for name, item in value.items()}
+    return value
 
 
 def _remedy(words: str, settings: EndpointSettings) -> str:

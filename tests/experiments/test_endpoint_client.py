@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -147,6 +148,19 @@ def test_the_key_comes_from_a_variable_and_is_never_repeated(monkeypatch):
         assert ask(endpoint, key_variable="TEST_ENDPOINT_KEY").text == "You sent [key] to me."
     assert "secret" not in str(caught.value)
     assert set(endpoint.authorization) == {"Bearer abc-secret-123"}
+
+
+@pytest.mark.parametrize("spelt", [r"sk-abc\/def+ghi\/jkl=", r"sk-abc/def+ghi/jk\u006c=", "sk-abc/def+ghi/jkl="])
+def test_a_key_is_masked_however_the_server_spells_it_in_json(monkeypatch, spelt):
+    monkeypatch.setenv("TEST_ENDPOINT_KEY", "sk-abc/def+ghi/jkl=")
+    wrong = Said(f'{{"error": {{"message": "No such key: {spelt}."}}}}'.encode(), 401)
+    with serving(lambda body, number: wrong) as endpoint:
+        with pytest.raises(ModelError, match=r"No such key: \[key\]") as caught:
+            ask(endpoint, key_variable="TEST_ENDPOINT_KEY")
+        told = json.dumps(completion("You sent THIS to me.")).replace("THIS", spelt)
+        endpoint.answer = lambda body, number: Said(told.encode())
+        assert ask(endpoint, key_variable="TEST_ENDPOINT_KEY").text == "You sent [key] to me."
+    assert "jk" not in str(caught.value)
 
 
 def test_a_key_that_is_not_there_is_refused(monkeypatch):
