@@ -91,6 +91,12 @@ class Guard(pl.Callback):
         if self.settings.action == "raise_weight":
             method = self._method(trainer)
             _check_largest(method, self.settings.max_weight)
+            if method.weight >= self.settings.max_weight:
+                raise WiringError(
+                    f"Expected the guard's `max_weight` to be above the weight that `{method.name}` begins with "
+                    f"({method.weight:g}), but got {self.settings.max_weight:g}, so that it could never be raised. "
+                    "Raise `max_weight`."
+                )
             self._weight = method.weight
             self._low = self.settings.min_weight if self.settings.min_weight is not None else method.weight
 
@@ -108,7 +114,7 @@ class Guard(pl.Callback):
         if self._weight is not None:
             self._method(trainer).override_weight(self._weight)
         if self.stopped is not None:
-            trainer.should_stop = True
+            self._end(trainer)
         elif self._last_step < 0 and trainer.global_step > 0:
             self._miss_start(trainer.global_step)
         elif self._last_step < 0:
@@ -229,19 +235,26 @@ class Guard(pl.Callback):
             self._weight = decision.weight
             self._method(trainer).override_weight(float(decision.weight or 0.0))
             self._tell(f"step {step}: weight of `{self.settings.method}` {entry['from']:.4g} -> {entry['to']:.4g}")
+        elif decision.kind == "at_max_weight":
+            if self.decisions and self.decisions[-1]["decision"] == decision.kind:
+                return  # said once, until the weight has moved
+            entry["weight"] = self._weight
+            self._tell(
+                f"step {step}: {decision.reason}, and the weight of `{self.settings.method}` can rise no further"
+            )
         elif decision.kind == "roll_back":
             entry["to_step"] = self._kept.step
             goes_on = self.settings.after_roll_back == "go_on"
             self._roll_backs += 1
             entry["learning_rate_factor"] = self.settings.rate_factor if goes_on else None
-            self._kept.restore(trainer, pl_module, rate_factor=self.settings.rate_factor if goes_on else 1.0)
+            self._restore(trainer, pl_module, rate_factor=self.settings.rate_factor if goes_on else 1.0)
             self._tell(f"step {step}: rolled back to step {self._kept.step}, because {decision.reason}")
             if not goes_on:
                 self._stop(trainer, f"{decision.reason}; rolled back to step {self._kept.step}")
         elif self.settings.action == "roll_back":
             # No roll back is left to go on from, but what the stage gives is safe all the same.
             entry["to_step"] = self._kept.step
-            self._kept.restore(trainer, pl_module)
+            self._restore(trainer, pl_module)
             self._stop(trainer, f"{decision.reason}; rolled back to step {self._kept.step}")
         else:
             self._stop(trainer, decision.reason)
@@ -249,8 +262,22 @@ class Guard(pl.Callback):
 
     def _stop(self, trainer: pl.Trainer, reason: str) -> None:
         self.stopped = reason
-        trainer.should_stop = True
+        self._end(trainer)
         self._tell(f"step {trainer.global_step} of {trainer.max_steps}: stopped, because {reason}")
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        trainer.should_stop = True
+        for method in methods_of(trainer):
+            method.cut_short = True
+
+    def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, rate_factor: float = 1.0) -> None:
+        """Go back to the kept state; the record goes on with what was measured of it, for it is what there is now."""
+        self._kept.restore(trainer, pl_module, rate_factor=rate_factor)
+        for entries in self.history.values():
+            values = [value for step, value in entries if step == self._kept.step]
+            entries += [(trainer.global_step, value) for value in values[-1:]]
+        for method in methods_of(trainer):
+            method.weights_restored(_model_of(pl_module))
 
     def _miss_start(self, step: int) -> None:
         """Measure nothing in a run that goes on from a step whose guard left nothing."""

@@ -17,7 +17,7 @@ class Decision:
     """What follows from a measurement."""
 
     kind: str
-    """hold, stop, roll_back or set_weight."""
+    """hold, stop, roll_back, set_weight, or at_max_weight: a threshold is crossed and the weight rises no further."""
     reason: str
     """Says which thresholds are crossed and by what values; that all hold, when they do."""
     weight: float | None = None
@@ -79,7 +79,8 @@ def decide(
         new = next_weight(
             weight, max(found.values()), step=settings.weight_step, low=low, high=max(low, settings.max_weight)
         )
-        return Decision("set_weight" if new != weight else "hold", reason, new)
+        kind = "set_weight" if new != weight else "at_max_weight" if crossed and new >= settings.max_weight else "hold"
+        return Decision(kind, reason, new)
     if not crossed or not settings.acts:
         return Decision("hold", reason)
     if settings.action == "roll_back" and roll_backs < settings.max_roll_backs:

@@ -68,7 +68,12 @@ class KeptState:
         if self.step < 0:
             raise TrainingError("Expected a state to roll back to, but none was kept. Measure before training.")
         # The optimizer takes the tensors it is given as its own, and would train the kept ones.
-        state = copy.deepcopy(self._state) if self.folder is None else torch.load(self._path, weights_only=True)
+        # A file is read to the CPU: on the device that wrote it there is no place beside what is trained.
+        state = (
+            copy.deepcopy(self._state)
+            if self.folder is None
+            else torch.load(self._path, map_location="cpu", weights_only=True)
+        )
         with torch.no_grad():
             for name, parameter in _trained(pl_module).items():
                 parameter.copy_(state["weights"][name])

@@ -54,7 +54,7 @@ class _Seen(NamedTuple):
 
 
 def refusal_direction(harmful: torch.Tensor, benign: torch.Tensor) -> torch.Tensor:
-    """Return the unit vector from the mean of ``benign`` to that of ``harmful``.
+    """Return the unit vector from the mean of ``benign`` to that of ``harmful``; NaN where states are not finite.
 
     Args:
         harmful: hidden states ``(prompts, hidden)``.
@@ -69,7 +69,7 @@ def refusal_direction(harmful: torch.Tensor, benign: torch.Tensor) -> torch.Tens
     """
     difference = harmful.mean(dim=0) - benign.mean(dim=0)
     length = difference.norm()
-    if not bool(length > 0):
+    if bool(length == 0):  # a model whose states are not finite is for who measures it to judge
         raise DataError(
             "Expected harmful and harmless prompts to differ in their hidden states, but got the same mean. Read the "
             "direction at another `layer`."

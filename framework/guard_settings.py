@@ -126,16 +126,33 @@ def guard_problems(
             known = ", ".join(trained) or "none"
             text = f"Expected `{path}.stages` to name stages of this run that train ({known}), but got {stage!r}."
             yield Problem(f"{path}.stages", text)
+    yield from _unused(guard, path)
     yield from _weight_problems(guard, methods, path=path, guarded=[s for s in guard.stages if s in trained])
+
+
+USED_BY = {
+    "roll_back": ("after_roll_back", "rate_factor", "max_roll_backs"),
+    "raise_weight": ("method", "weight_step", "min_weight", "max_weight"),
+}
+"""Settings that mean nothing with another action."""
+
+
+def _unused(guard: GuardSettings, path: str) -> Iterator[Problem]:
+    plain = GuardSettings()
+    for action, names in USED_BY.items():
+        for name in names if guard.action != action else ():
+            value, default = getattr(guard, name), getattr(plain, name)
+            if value != default:
+                text = f"Expected `{path}.{name}` to be left out unless the action is {action}, but got {value!r} with"
+                yield Problem(
+                    f"{path}.{name}", f"{text} {guard.action!r}. Write {path}.action={action}, or leave it out."
+                )
 
 
 def _weight_problems(
     guard: GuardSettings, methods: Mapping[str, Collection[str]], *, path: str, guarded: list[str]
 ) -> Iterator[Problem]:
     if guard.action != "raise_weight":
-        if guard.method is not None:
-            text = f"Expected `{path}.method` to be null unless the action is raise_weight, but got {guard.method!r}."
-            yield Problem(f"{path}.method", text)
         return
     if guard.method is None:
         text = f"Expected `{path}.method` to name the method whose weight is raised, but got None."

@@ -42,7 +42,16 @@ POINTS = (
     "edit_weights",
 )
 NON_COMMUTING = ("prepare_model", "edit_gradients", "project_weights", "edit_weights")
-_OFFERED = {"add_hook", "count", "note_term", "override_weight", "report", "require_effect", "write_files"}
+_OFFERED = {
+    "add_hook",
+    "count",
+    "note_term",
+    "override_weight",
+    "report",
+    "require_effect",
+    "weights_restored",
+    "write_files",
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,8 @@ class Method(pl.Callback):
         self._last_step = 0
         self._trained = False
         self._overriding_weight: float | None = None
+        self.cut_short = False
+        """Whether a guard ended the training, maybe before a point had its turn."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a public function that is no contribution point and no Lightning hook: it would never be called."""
@@ -170,6 +181,9 @@ class Method(pl.Callback):
         """Let the loss term count with another weight from now on; who calls it keeps it over an interruption."""
         self._overriding_weight = weight
 
+    def weights_restored(self, model: nn.Module) -> None:
+        """Take anew what was kept of the weights: a guard has put earlier ones back."""
+
     @property
     def points(self) -> tuple[str, ...]:
         """The contribution points this method fills."""
@@ -178,6 +192,11 @@ class Method(pl.Callback):
     @property
     def edit_place(self) -> Literal["first", "last"] | None:
         """Which place this method must have among those that edit the finished weights; None where any is right."""
+        return None
+
+    @property
+    def task_loss_setting(self) -> str | None:
+        """Setting that would leave the stage's own loss its factor; None where the method does, as most do."""
         return None
 
     def report(self, name: str, value: float | torch.Tensor) -> None:
@@ -205,15 +224,18 @@ class Method(pl.Callback):
         return 0.0 if self._largest is None else float(self._largest)
 
     def require_effect(self) -> None:
-        """Raise when a point that is filled did nothing.
+        """Raise when a point that is filled did nothing; where a guard cut training short, count it instead.
 
         Raises:
             NoEffectError: names the point, what was counted and the switch that allows it.
         """
-        idle = [text for point, text in _IDLE.items() if point in self.points and not self._acted(point)]
+        idle = {point: text for point, text in _IDLE.items() if point in self.points and not self._acted(point)}
+        if self.cut_short and (early := idle.keys() & _IN_TRAINING):
+            self.count("points_without_turn", len(early))
+            idle = {point: text for point, text in idle.items() if point not in early}
         if idle and not self.allow_no_effect:
             raise NoEffectError(
-                f"Method `{self.name}` did nothing: {'; '.join(idle)}. Check its settings, or set "
+                f"Method `{self.name}` did nothing: {'; '.join(idle.values())}. Check its settings, or set "
                 "`allow_no_effect: true` if that is what you want to measure."
             )
 
@@ -333,6 +355,8 @@ class Method(pl.Callback):
             self._hooks.pop().remove()
 
 
+_IN_TRAINING = {"loss_term", "edit_gradients", "project_weights"}
+"""Points that some methods fill in a part of the steps only."""
 _COUNTERS = {
     "configure_data": "sources_added",
     "select_parameters": "parameters_frozen",

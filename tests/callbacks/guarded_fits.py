@@ -77,8 +77,7 @@ def fit(guard, *, methods=(), folder=None, resume=False, break_at=None, **option
         writers=writers,
         ckpt_path=path,
         total_steps=STEPS,
-        max_steps=STEPS,
-        **options,
+        **{"max_steps": STEPS, **options},
     )
     return run, steps
 

@@ -7,7 +7,7 @@ import torch
 
 from callbacks.guard import Guard
 from callbacks.kept_state import KeptState
-from framework.errors import TrainingError, WiringError
+from framework.errors import NoEffectError, TrainingError, WiringError
 from framework.guard_settings import GuardSettings
 from methods.gradient_ascent import GradientAscentConfig
 from tests.callbacks.guarded_fits import STEPS, DistanceProbe, fit, trained
@@ -79,13 +79,17 @@ def test_a_weight_is_raised_within_bounds_and_every_decision_is_logged(plain):
     said, method = [], TokenTerm()
     guard = make_guard(plain[2], after=1, said=said, **settings)
     fit(guard, methods=[method])
-    weights = [entry["to"] for entry in guard.decisions]
+    raised = [entry for entry in guard.decisions if entry["decision"] == "set_weight"]
+    weights = [entry["to"] for entry in raised]
     assert weights
-    assert all(entry["decision"] == "set_weight" and 1.0 <= entry["to"] <= 3.0 for entry in guard.decisions)
+    assert all(1.0 <= entry["to"] <= 3.0 for entry in raised)
     assert max(weights) == 3.0
     assert method.weight == guard.result()["weight"] == weights[-1]
-    assert method.reports["weight"] == max(e["to"] for e in guard.decisions if e["step"] < STEPS)
-    assert len(said) == len(weights)
+    assert method.reports["weight"] == max(e["to"] for e in raised if e["step"] < STEPS)
+    held = [entry for entry in guard.decisions if entry["decision"] == "at_max_weight"]
+    assert [(entry["weight"], entry["reason"].split()[0]) for entry in held] == [(3.0, "refusal_margin")]
+    assert len(said) == len(weights) + 1
+    assert said[-1].endswith("and the weight of `token_term` can rise no further")
 
 
 GOING_ON = {"action": "roll_back", "after_roll_back": "go_on", "rate_factor": 0.05}
@@ -190,6 +194,52 @@ def test_a_largest_weight_that_the_method_does_not_take_is_refused():
     guard = Guard(GuardSettings(**settings, max_weight=1.0), DistanceProbe())
     fit(guard, methods=[Share(0.5)])
     assert guard.result()["weight"] <= 1.0
+
+
+def test_a_largest_weight_that_leaves_nothing_to_raise_is_refused():
+    settings = {"action": "raise_weight", "method": "token_term", "min_refusal_margin": 0.0}
+    for largest in (1.0, 2.0):
+        guard = Guard(GuardSettings(**settings, max_weight=largest), DistanceProbe())
+        with pytest.raises(WiringError, match=r"above the weight that `token_term` begins with \(2\), but got"):
+            fit(guard, methods=[TokenTerm(2.0)])
+
+
+def test_what_is_recorded_last_is_the_state_that_was_gone_back_to(plain):
+    guard = make_guard(plain[2], after=3, action="roll_back")
+    fit(guard)
+    steps, margins = zip(*guard.history["refusal_margin"], strict=True)
+    assert steps == (0, 1, 2, 3, 4, 4)
+    assert margins[-1] == margins[3] > guard.settings.min_refusal_margin > margins[4]
+
+
+class Late(TokenTerm):
+    """Has its turn in the last step only, and keeps an anchor of the weights."""
+
+    restored = 0
+
+    def loss_term(self, ctx):
+        return super().loss_term(ctx) * float(ctx.step == STEPS - 1)
+
+    def weights_restored(self, model):
+        self.restored += 1
+
+
+@pytest.mark.parametrize("action", ["stop", "roll_back"])
+def test_a_method_that_had_no_turn_before_the_guard_stopped_is_counted_and_no_error(plain, tmp_path, action):
+    method = Late()
+    guard = make_guard(plain[2], after=3, action=action)
+    run, _ = fit(guard, methods=[method], folder=tmp_path)
+    assert (run.trainer.global_step, method.effects["points_without_turn"]) == (4, 1)
+    assert method.restored == (action == "roll_back")
+    again = Late()
+    fit(make_guard(plain[2], after=3, action=action), methods=[again], folder=tmp_path, resume=True)
+    assert again.effects["points_without_turn"] >= 1
+    never = Late()
+    never.allow_no_effect = True
+    fit(make_guard(plain[2], after=3, action="watch"), methods=[never], max_steps=4)
+    never.allow_no_effect = False
+    with pytest.raises(NoEffectError, match="its loss term was zero on every step"):
+        never.require_effect()
 
 
 def test_a_guard_that_watches_measures_nothing_behind_a_checkpoint_without_one(plain, tmp_path):

@@ -47,7 +47,7 @@ def test_the_weight_follows_the_constraint_that_is_worst_off():
     down = made(weight=1.6, low=1.0, min_refusal_margin=0.0, **settings)
     assert (down.kind, down.weight) == ("set_weight", pytest.approx(1.2))
     assert made(weight=1.0, low=1.0, min_refusal_margin=0.0, **settings) == Decision("hold", "every threshold holds", 1)
-    assert made(weight=3.0, low=1.0, min_refusal_margin=9.0, **settings).kind == "hold"
+    assert made(weight=3.0, low=1.0, min_refusal_margin=9.0, **settings).kind == "at_max_weight"
 
 
 def test_the_weight_stays_in_its_bounds():

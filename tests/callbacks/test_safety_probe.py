@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from callbacks.guard_decisions import decide
 from callbacks.safety_probe import SafetyProbe, direction_cosine, mean_divergence, refusal_direction, separation
 from framework.chat import ChatEncoder
 from framework.errors import DataError
 from framework.evaluation.margin import refusal_margin
 from framework.examples import Prompt
+from framework.guard_settings import GUARD_METRICS, GuardSettings
 from tests.conftest import make_model, make_tokenizer
 
 HARMFUL = [Prompt(f"h{i}", f"harm number {'x' * i} {i}", "harmful") for i in range(4)]
@@ -55,6 +59,22 @@ def test_another_model_has_turned_and_diverged(probe):
     found = probe.measure(make_model(seed=3), start)
     assert found["direction_cosine"] < 0.9
     assert found["kl_to_start"] > 0.0
+
+
+def test_a_broken_model_is_measured_as_not_finite_so_that_a_guard_can_act(probe):
+    start, model = probe.start(make_model()), make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    found = probe.measure(model, start)
+    assert {name: math.isfinite(value) for name, value in found.items()} == dict.fromkeys(GUARD_METRICS, False)
+    for threshold in (
+        {"min_refusal_margin": 0.0},
+        {"min_direction_auroc": 0.1},
+        {"min_direction_cosine": 0.1},
+        {"max_kl": 9},
+    ):
+        settings = GuardSettings(action="roll_back", **threshold)
+        assert decide(settings, found, roll_backs=0, weight=None, low=None).kind == "roll_back"
 
 
 def test_measuring_leaves_the_model_and_random_numbers_alone(probe):

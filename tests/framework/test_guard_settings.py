@@ -56,7 +56,27 @@ def test_what_must_hold_between_the_guard_and_the_run(recipe):
     found = problems(recipe, "trainer.guard.stages=[finetune, repair]", "trainer.guard.method=ewc")
     assert any("to set a threshold, but got none for the action 'stop'" in text for text in found)
     assert any("stages of this run that train (align, finetune), but got 'repair'" in text for text in found)
-    assert any("`trainer.guard.method` to be null unless the action is raise_weight" in text for text in found)
+    assert any("`trainer.guard.method` to be left out unless the action is raise_weight" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("action", "name", "value"),
+    [
+        ("stop", "after_roll_back", "go_on"),
+        ("watch", "max_roll_backs", 9),
+        ("raise_weight", "rate_factor", 0.1),
+        ("roll_back", "max_weight", 3.0),
+        ("stop", "weight_step", 2.0),
+        ("roll_back", "min_weight", 1.0),
+    ],
+)
+def test_a_setting_of_another_action_is_refused(recipe, action, name, value):
+    found = problems(
+        recipe, f"trainer.guard.action={action}", "trainer.guard.max_kl=1", f"trainer.guard.{name}={value}"
+    )
+    wanted = "roll_back" if "roll" in name or name == "rate_factor" else "raise_weight"
+    text = f"Expected `trainer.guard.{name}` to be left out unless the action is {wanted}, but got {value!r} with"
+    assert any(text in one for one in found)
 
 
 def test_a_raised_weight_needs_a_method_of_the_stage(recipe):
