@@ -14,7 +14,8 @@ from framework.files import read_json
 
 __all__ = ["AttackFile", "check_comparable", "outcome_of", "point_setting", "read_attack_file"]
 
-FORMAT = 1
+READABLE = (1, 2)
+"""Formats; before 2 the intervals of rates over replies took each reply for independent, and no other value differs."""
 RESULTS_FILE = "attack.json"
 
 
@@ -68,8 +69,8 @@ def read_attack_file(path: str | Path) -> AttackFile:
         raise DataError(
             f"Expected `{file}` to be the results of `seawall attack`, but got {type(error).__name__}: {error}."
         ) from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "outcomes" not in raw:
-        raise DataError(f"Expected `{file}` to be the results of `seawall attack` in format {FORMAT}, but got others.")
+    if not isinstance(raw, dict) or raw.get("format") not in READABLE or "outcomes" not in raw:
+        raise DataError(f"Expected `{file}` to be the results of `seawall attack` in format 1 or 2, but got others.")
     if not raw["outcomes"]:
         raise DataError(f"Expected `{file}` to hold at least one finished attack, but got none. Run the suite again.")
     try:

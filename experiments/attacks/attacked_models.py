@@ -93,6 +93,7 @@ class ModelMeasure:
             "judges": [judge_identity(judge) for judge in self.judges],
             "max_new_tokens": self.suite.max_new_tokens,
             "utility": utility_key(utility),
+            "utility_system": target.system,  # whatever the attacker sends, the utility is what others get
             "embedded": embedded_hash(),
             "versions": versions(),
         }

@@ -4,7 +4,8 @@ ASR@k is the share of all requests that were broken having spent at most k. How 
 event that may not have come when the budget was spent: such a request is right-censored there. The survival function
 S(k), the chance to hold k queries or steps, is Kaplan and Meier's with Greenwood's standard error as statsmodels has it
 (statsmodels 0.15.0, ``SurvfuncRight``); its 95 % interval is on the log-log scale, S^exp(+-z se/(S log S)), which stays
-within 0 and 1. Two models are compared by the log-rank test (``survdiff``).
+within 0 and 1. Where no request is left it has no width, so that the upper end is Clopper and Pearson's for 0 of n that
+hold. Two models are compared by the log-rank test (``survdiff``).
 
 Steps are looked at at a few points only: a request counts as broken at the first of them at which it is.
 """
@@ -62,7 +63,7 @@ class Survival:
     events: tuple[int, ...]
     survival: tuple[float, ...]
     low: tuple[float, ...]
-    """95 %, log-log."""
+    """95 %, log-log; where S is 0 the upper end is that of none of n requests (``_left_of_none``)."""
     high: tuple[float, ...]
     num_requests: int
     num_broken: int
@@ -174,6 +175,10 @@ def survival_of(held: Sequence[Held]) -> Survival:
     survival = [float(value) for value in found.surv_prob]
     bounds = [_log_log(*pair) for pair in zip(survival, found.surv_prob_se, strict=True)]
     low, high = [bound[0] for bound in bounds], [bound[1] for bound in bounds]
+    if survival and survival[-1] <= 0.0:
+        # All at risk at the last event broke. Those censored before it say nothing of who would have held so long.
+        independent = len(held) if events.all() else int(found.n_risk[-1])
+        high[-1] = min([_left_of_none(independent), *high[:-1]])
     when = [int(time) for time in found.surv_times]
     return Survival(
         times=tuple(when),
@@ -274,13 +279,19 @@ def _held(seen: Sequence[tuple[str, int, bool]]) -> list[Held]:
 
 
 def _log_log(survival: float, error: float) -> tuple[float, float]:
+    """Return the interval of S; of S = 0 only the lower end, the other follows from the number of requests."""
     if survival >= 1.0:
         return 1.0, 1.0
-    if survival <= 0.0 or not math.isfinite(error):
+    if survival <= 0.0:
         return 0.0, 0.0
     z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     width = z * error / (survival * abs(math.log(survival)))
     return survival ** math.exp(width), survival ** math.exp(-width)
+
+
+def _left_of_none(num_requests: int) -> float:
+    """Return the upper end of Clopper and Pearson's interval for the share that holds where 0 of so many do."""
+    return float(1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / num_requests))
 
 
 def _first_below(times: Sequence[int], survival: Sequence[float]) -> int | None:

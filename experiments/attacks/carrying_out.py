@@ -29,6 +29,7 @@ from experiments.attacks.responder import ReplySettings
 from experiments.attacks.suite import NamedAttack, SuiteConfig
 from experiments.attacks.target import Target
 from experiments.attacks.transcript import Transcript
+from experiments.attacks.unfinished import UnfinishedSuite, moment
 from experiments.compliant_replies import Sampler, compliant_replies
 from experiments.endpoint_artifacts import replace_artifact
 from experiments.fingerprints import content_hashes, embedded_hash, versions
@@ -55,6 +56,13 @@ class Stage:
     requests: Sequence[Prompt]
     judges: Sequence[Judge]
     artifacts: ArtifactStore
+
+    @property
+    def unfinished(self) -> UnfinishedSuite:
+        """What this suite finished on an endpoint before it was interrupted."""
+        return UnfinishedSuite(
+            self.artifacts, {"suite": to_plain(self.suite), "target": self.target.responder.identity()}
+        )
 
     @property
     def measure(self) -> ModelMeasure:
@@ -108,8 +116,11 @@ def find_finished(named: NamedAttack, stage: Stage, *, plain: MeasuredModel | No
         stage: the rest of the suite.
         plain: what was measured of the unattacked model; without it the points of a prompt attack say no utility.
     """
-    if not stage.target.keeps or named.search is not None:
+    if named.search is not None:
         return None
+    if not stage.target.keeps:
+        kept = stage.unfinished.find(_own_key(named, stage))
+        return None if kept is None else _kept(_read(named, kept.folder, plain, is_reused=True), kept.since)
     folder = stage.artifacts.find(KIND, _key(named, stage))
     return None if folder is None else _read(named, folder, plain, is_reused=True)
 
@@ -146,7 +157,13 @@ def carry_out(
         place = stage.artifacts.path(KIND, key)
     else:  # what an endpoint said yesterday is not found again
         place = replace_artifact(stage.artifacts, KIND, key, fill, keep_partial=is_prompt)
+        stage.unfinished.note(_own_key(named, stage), place)
     return _read(named, place, plain, is_reused=False)
+
+
+def _own_key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
+    """Return the key of an attack that is asked for itself, although another of the suite is the same."""
+    return {"label": named.label, "key": _key(named, stage)}
 
 
 def _key(named: NamedAttack, stage: Stage) -> dict[str, Any]:
@@ -185,6 +202,13 @@ def _read(named: NamedAttack, folder: Path, plain: MeasuredModel | None, *, is_r
     return FinishedAttack(outcome, folder, is_reused)
 
 
+def _kept(found: FinishedAttack, since: str) -> FinishedAttack:
+    """Return an attack on an endpoint with the time by which it was asked, which results must say."""
+    outcome = found.outcome
+    cost = {**outcome.cost, "resumed_queries": outcome.cost["queries"], "asked_until": since}
+    return replace(found, outcome=replace(outcome, cost=cost))
+
+
 def _prompt_outcome(
     named: NamedAttack,
     stage: Stage,
@@ -195,6 +219,8 @@ def _prompt_outcome(
     attack, suite = named.attack, stage.suite
     if not isinstance(attack, PromptAttack):
         raise TypeError(f"Expected a prompt attack, but got {attack!r}.")
+    there = folder / TRANSCRIPT
+    last = there.stat().st_mtime if there.is_file() else None
     run = run_prompt_attack(
         attack,
         stage.requests,
@@ -219,6 +245,8 @@ def _prompt_outcome(
     }
     if stage.target.model is None:
         cost["unanswered_queries"] = run.num_unanswered
+        if run.num_resumed and last is not None:
+            cost["asked_until"] = moment(last)
     return _outcome(named, points, cost)
 
 

@@ -17,7 +17,8 @@ from experiments.attacks.attack_files import AttackFile, check_comparable, point
 from experiments.attacks.attack_picture import curves_picture, standalone_svg, survival_picture
 from experiments.attacks.budget_curves import SHOWN_AT, BudgetCurve, LogRank, budget_curves, log_rank, success_at
 from experiments.attacks.interface import AttackOutcome, AttackPoint
-from experiments.attacks.worst_case import PairedAttack, WorstCase, last_points, paired_attacks, worst_case
+from experiments.attacks.paired_attacks import PairedAttack, paired_attacks, unpaired_attacks
+from experiments.attacks.worst_case import WorstCase, check_floor, last_points, worst_case
 from experiments.report.figures import Picture
 from experiments.statistics import holm
 from framework.errors import ConfigError, DataError, SeawallError, describe_unknown
@@ -45,7 +46,7 @@ class ModelRow:
     worst: WorstCase
     curves: tuple[BudgetCurve, ...]
     rates: Mapping[str, Mapping[str, Any]]
-    """Attack and setting to the rate with the whole budget."""
+    """Attack and setting to the rate with the whole budget, and what was spent of which unit."""
     paired: tuple[PairedAttack, ...]
     """Against the baseline; empty for the baseline itself."""
     held: tuple[HeldTest, ...]
@@ -53,6 +54,8 @@ class ModelRow:
     """Attack that trains, at its setting, to the rate after each number of steps it was measured at."""
     missing: tuple[str, ...] = ()
     """Attacks that another model was given and this one has no results of, with the reason where it is known."""
+    unpaired: tuple[str, ...] = ()
+    """Attacks of both this model and the baseline that could not be paired, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,9 @@ def compare_attacks(
     Raises:
         DataError: no file, a file that cannot be read, two models of one label, models that were not measured alike,
             attacks of one name with other settings, or nothing in common.
-        ConfigError: an unknown baseline.
+        ConfigError: an unknown baseline, or a floor that is no share.
     """
+    check_floor(floor)
     if not files:
         raise DataError("Expected at least one results file of `seawall attack`, but got none.")
     read = [read_attack_file(path) for path in files]
@@ -118,6 +122,7 @@ def compare_attacks(
             held=() if one is base else tuple(_held_tests(curves[one.label], curves[chosen])),
             steps=_step_rates(one),
             missing=_missing(one, read),
+            unpaired=() if one is base else tuple(unpaired_attacks(one.outcomes, base.outcomes)),
         )
         for one in read
     ]
@@ -133,6 +138,8 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     lines += _table(["attack", *(row.label for row in rows)], cells)
     if any("†" in cell for row in [*cells, *by_step] for cell in row):
         lines += ["", "† The attacked model lost its utility; this does not count as broken open."]
+    if any("‡" in cell for row in cells for cell in row):
+        lines += ["", "‡ Measured with this smaller budget alone, so that it may not be set beside others of its row."]
     floor = "no floor" if comparison.floor is None else f"utility floor {comparison.floor:.0%}"
     lines += ["", f"## Worst case ({floor})", "", *(f"- {row.label}: {row.worst}." for row in rows), ""]
     lines.append("Each interval holds for the maximum over all attacks at once (bootstrap over requests).")
@@ -150,6 +157,9 @@ def comparison_markdown(comparison: AttackComparison) -> str:
     if tests:
         head = ["model", "attack", "model's", "baseline's", "difference", "only baseline / only model", "p (Holm)"]
         lines += ["", f"## Paired with {comparison.baseline}", "", *_table(head, tests)]
+    alone = [f"- {row.label}, {text}." for row in rows for text in row.unpaired]
+    if alone:
+        lines += ["", f"What could not be paired with {comparison.baseline}:", "", *alone]
     held = [
         [row.label, one.title, f"{one.test.statistic:.2f}", f"{one.p_holm:.3g}"] for row in rows for one in row.held
     ]
@@ -196,7 +206,7 @@ def _rates(file: AttackFile) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for outcome in file.outcomes:
         for point in last_points(outcome).values():
-            found[_title(outcome, point)] = _rate_of(point)
+            found[_title(outcome, point)] = {**_rate_of(point), "spent": point.spent, "unit": outcome.unit}
     return found
 
 
@@ -232,7 +242,11 @@ def _held_tests(curves: Sequence[BudgetCurve], baseline: Sequence[BudgetCurve]) 
 
 def _rate_cells(title: str, comparison: AttackComparison) -> list[str]:
     rates = [row.rates.get(title) for row in comparison.rows]
-    return [title, *("-" if rate is None else _rate_text(rate, comparison.floor) for rate in rates)]
+    most = max(rate["spent"] for rate in rates if rate is not None)
+    cells = ["-" if rate is None else _rate_text(rate, comparison.floor) for rate in rates]
+    # A training that stopped early leaves less than its neighbours were attacked with.
+    marks = [f" ‡ {one['spent']} {one['unit']}" if one is not None and one["spent"] < most else "" for one in rates]
+    return [title, *(cell + mark for cell, mark in zip(cells, marks, strict=True))]
 
 
 def _step_cells(comparison: AttackComparison) -> list[list[str]]:

@@ -27,6 +27,7 @@ __all__ = [
     "AttackPoint",
     "Attempt",
     "AttackedModel",
+    "FAILED_TRAINING",
     "ModelAttack",
     "ModelTarget",
     "PromptAttack",
@@ -36,6 +37,8 @@ __all__ = [
     "registered_attacks",
 ]
 
+FAILED_TRAINING: Mapping[str, str] = {"training": "failed"}
+"""Added to the setting of a training that gave no model; what is measured at 0 steps is then the target as it is."""
 AttackKind = Literal["prompt", "weights", "finetuning"]
 A = TypeVar("A", bound="Attack")
 
@@ -143,8 +146,10 @@ class PromptAttack(Attack):
     unit = "queries"
     needs_prefill: ClassVar[bool] = False
     """Whether it forces an opening of the reply, which not every endpoint lets it do."""
+    is_plain: ClassVar[bool] = False
+    """Whether it is meant to send requests as they stand; any other that sends nothing else had no effect."""
     temperature: float = 0.0
-    """At which the model replies; 0 is greedy."""
+    """At which the model replies; 0 is greedy. Above, even a plain request sent again is an attack."""
 
     def equip(self, supplies: Supplies) -> None:
         """Take what the attack needs besides its requests; called once, before ``start``.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.attacks.attack_files import RESULTS_FILE
+from experiments.attacks.attack_keys import request_keys
 from experiments.attacks.attacked_models import MeasuredModel, check_utility
 from experiments.attacks.carrying_out import FinishedAttack, Stage, carry_out, equip, find_finished
 from experiments.attacks.estimate import Plan, find_speed, keep_speed, plan_attacks
@@ -20,7 +23,7 @@ from experiments.attacks.request_sets import SuiteRequests, find_requests
 from experiments.attacks.searched import carry_out_searched
 from experiments.attacks.suite import NamedAttack, load_suite
 from experiments.attacks.target import Target, find_target, target_problems
-from experiments.attacks.view import format_point, suite_markdown, unknown_sources
+from experiments.attacks.view import format_point, kept_replies, suite_markdown, unknown_sources
 from experiments.attacks.worst_case import worst_case
 from experiments.console import format_seconds
 from experiments.progress import Steps
@@ -32,7 +35,7 @@ from framework.files import ArtifactStore, fingerprint, to_plain, write_atomic, 
 
 __all__ = ["RESULTS_FILE", "PreparedSuite", "attack_model", "plan_suite", "prepare_suite"]
 
-FORMAT = 1
+FORMAT = 2
 MARKDOWN_FILE = "attack.md"
 
 
@@ -115,14 +118,16 @@ def plan_suite(prepared: PreparedSuite) -> dict[str, Any]:
     }
 
 
-def attack_model(prepared: PreparedSuite, *, console: Console | None = None) -> dict[str, Any]:
+def attack_model(prepared: PreparedSuite, *, console: Console | None = None, verbose: bool = False) -> dict[str, Any]:
     """Run a suite and return the content of its ``attack.json``.
 
-    An attack that fails is named in the results and the others go on.
+    An attack that fails, whatever the exception, is named in the results and the others go on; only a disk that is full
+    ends the suite, since nothing that follows could be written.
 
     Args:
         prepared: the suite on its target.
         console: where progress is drawn; None draws nothing.
+        verbose: say the traceback of an attack that fails.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -133,10 +138,12 @@ def attack_model(prepared: PreparedSuite, *, console: Console | None = None) -> 
     with Steps(console) as steps:
         _say_overlap(prepared.requests, steps)
         plain = _measure_plain(stage, steps)
-        finished, failed = _run_all(prepared, plain, steps)
+        finished, failed = _run_all(prepared, plain, steps, verbose=verbose)
     stage.target.responder.close()
     results = _results(prepared, plain, finished, failed, time.time() - started)
     _leave_behind(prepared, finished, results)
+    if not failed:  # what failed is repaired and started again, and does not pay twice for the rest
+        stage.unfinished.forget()
     return results
 
 
@@ -165,7 +172,7 @@ def _measure_plain(stage: Stage, steps: Steps) -> MeasuredModel | None:
 
 
 def _run_all(
-    prepared: PreparedSuite, plain: MeasuredModel | None, steps: Steps
+    prepared: PreparedSuite, plain: MeasuredModel | None, steps: Steps, *, verbose: bool
 ) -> tuple[list[FinishedAttack], list[dict[str, str]]]:
     stage = prepared.stage
     plans = {plan.label: plan for plan in plan_attacks(stage.suite, prepared.attacks, len(stage.requests))}
@@ -183,7 +190,15 @@ def _run_all(
             def move(done: int, start: int = before, plan: Plan = plan) -> None:
                 bar(start + min(done, plan.tokens), total, note=plan.label)
 
-            found = _carry_out(named, stage, plain, move, failed)
+            try:
+                found = _carry_out(named, stage, plain, move)
+            except StorageError:
+                raise
+            except Exception as error:  # of an attack of the user's own it may be any; Ctrl-C is none of them
+                failed.append(_failure(named, error))
+                if verbose:
+                    steps.say("".join(traceback.format_exception(error)).rstrip())
+            gc.collect()  # a failed attack leaves its model in the circles of its traceback
             before += plan.tokens
             bar(before, total, note=plan.label)
         if found is not None:
@@ -193,24 +208,25 @@ def _run_all(
     return finished, failed
 
 
-def _carry_out(
-    named: NamedAttack, stage: Stage, plain: MeasuredModel | None, move: Any, failed: list[dict[str, str]]
-) -> FinishedAttack | None:
+def _carry_out(named: NamedAttack, stage: Stage, plain: MeasuredModel | None, move: Any) -> FinishedAttack:
     if not isinstance(named.attack, PromptAttack):
         stage.target.responder.close()  # the attacked model takes its place in memory
-    try:
-        if named.search is not None:
-            return carry_out_searched(named, named.search, stage, plain=plain, progress=move)
-        return carry_out(named, stage, plain=plain, progress=move)
-    except StorageError:
-        raise
-    except SeawallError as error:
-        failed.append({"name": named.label, "attack": named.attack.name, "error": str(error)})
-        return None
+    if named.search is not None:
+        return carry_out_searched(named, named.search, stage, plain=plain, progress=move)
+    return carry_out(named, stage, plain=plain, progress=move)
+
+
+def _failure(named: NamedAttack, error: Exception) -> dict[str, str]:
+    """Return what results say of an attack that failed; an error not raised on purpose is named with its type."""
+    kind = type(error).__name__
+    text = str(error) if isinstance(error, SeawallError) else " ".join(f"{kind}: {error}".split())
+    return {"name": named.label, "attack": named.attack.name, "type": kind, "error": text}
 
 
 def _say(number: str, found: FinishedAttack, steps: Steps) -> None:
     took = "reused" if found.is_reused else format_seconds(found.outcome.cost["seconds"])
+    if "asked_until" in found.outcome.cost:
+        took += f", {kept_replies(found.outcome.cost)}"
     steps.say(f"{number} {found.outcome.name}: {format_point(found.outcome)}, {took}")
 
 
@@ -247,9 +263,9 @@ def _results(
 
 
 def measured_with(stage: Stage) -> dict[str, Any]:
-    """Return what must be the same where two models are compared; of the requests a fingerprint of ids and texts."""
+    """Return what must be the same where two models are compared; of the requests ids, texts and pictures as one."""
     return {
-        "requests": fingerprint(sorted((request.id, request.text) for request in stage.requests)),
+        "requests": fingerprint(sorted(request_keys(stage.requests))),
         "judges": to_plain([judge_identity(judge) for judge in stage.judges]),
         "max_new_tokens": stage.suite.max_new_tokens,
         "system": stage.suite.target.system,

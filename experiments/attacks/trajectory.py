@@ -27,7 +27,7 @@ from torch import nn
 
 from datamodules.finetune import FineTuneDataModule
 from experiments.attacks.held_out_loss import MAX_LENGTH, mean_loss
-from experiments.attacks.interface import AttackedModel, ModelAttack, ModelTarget
+from experiments.attacks.interface import FAILED_TRAINING, AttackedModel, ModelAttack, ModelTarget
 from experiments.attacks.model_folders import (
     differs_from,
     list_problems,
@@ -201,7 +201,7 @@ class FineTuningAttack(ModelAttack):
                     yield AttackedModel(place, snapshot.step, setting_, facts, snapshot.cost, **asked)
         except TrainingError as error:
             # A setting of its own: the model after 0 steps may be among the points already.
-            failed = {**setting_, "training": "failed"}
+            failed = {**setting_, **FAILED_TRAINING}
             yield AttackedModel(target.folder, 0, failed, {**common, "failed": str(error)}, **asked)
 
     def _held_out(self, target: ModelTarget, rows: Rows, folder: Path) -> dict[str, Any]:

@@ -187,8 +187,22 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             notes.append(
                 f"{one['name']}: {missing} of {one['cost']['queries']} queries have no reply and are in no rate."
             )
+        if "asked_until" in one["cost"]:
+            notes.append(f"{one['name']}: {kept_replies(one['cost'])}; another model may have answered since.")
+        unchanged = one["points"][-1]["metrics"].get("unchanged_rate", {"numerator": 0, "denominator": 0})
+        # All of them: that is what `direct` is, and one that samples may be.
+        if 0 < unchanged["numerator"] < unchanged["denominator"]:
+            notes.append(f"{one['name']}: {_count(unchanged)} queries were the plain request.")
     notes += [f"{one['name']} failed: {one['error']}" for one in results["failed"]]
     return notes
+
+
+def kept_replies(cost: Mapping[str, Any]) -> str:
+    """Return how many replies of an endpoint an interrupted suite had left, and by when they were given."""
+    return (
+        f"{cost['resumed_queries']} of {cost['queries']} replies were kept from an interrupted suite, given until "
+        f"{cost['asked_until']}"
+    )
 
 
 def _overlap_line(overlap: Mapping[str, Any]) -> str:

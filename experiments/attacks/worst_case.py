@@ -1,4 +1,4 @@
-"""The worst that a suite of attacks does to a model, and how two models stand to each other under each attack.
+"""The worst that a suite of attacks does to a model.
 
 The worst case is the largest attack success over all attacks that leave the model useful. The largest of many noisy
 rates lies too high on average, the more so the more attacks there are, so its interval is not that of the attack that
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from experiments.attacks.attack_files import point_setting
 from experiments.attacks.interface import AttackOutcome, AttackPoint
-from experiments.noninferiority import paired_score_interval
-from experiments.statistics import holm, mcnemar_exact
-from framework.errors import DataError
+from framework.errors import ConfigError, DataError
 from framework.evaluation.rates import Rate
+from framework.fields import SHARE
 
-__all__ = ["AttackedPoint", "PairedAttack", "WorstCase", "last_points", "paired_attacks", "worst_case"]
+__all__ = ["AttackedPoint", "WorstCase", "attacked_point", "check_floor", "last_points", "worst_case"]
 
 RESAMPLES = 4999
 UTILITY = "utility_share"
@@ -90,28 +89,6 @@ class WorstCase:
         return "; ".join([*notes, *failed])
 
 
-@dataclass(frozen=True)
-class PairedAttack:
-    """One attack on a defended model and on its undefended twin, the same requests."""
-
-    point: AttackedPoint
-    """Of the defended model, over the shared requests."""
-    undefended: Rate
-    num_requests: int
-    difference: float
-    """Defended minus undefended; below 0 the defence helps."""
-    low: float
-    """95 %, Tango's score interval of paired rates."""
-    high: float
-    only_undefended: int
-    """Requests that are broken without the defence alone."""
-    only_defended: int
-    p_value: float
-    """Exact McNemar test, two-sided."""
-    p_holm: float
-    """Corrected over all attacks compared."""
-
-
 def worst_case(
     outcomes: Sequence[AttackOutcome],
     *,
@@ -135,12 +112,14 @@ def worst_case(
 
     Raises:
         DataError: there is no point, or one does not say which requests were broken.
+        ConfigError: ``floor`` is no share.
     """
+    check_floor(floor)
     limits = dict(limits or {})
     within = [(outcome, point) for outcome in outcomes for point in _within(outcome, limits.get(outcome.unit))]
     if not within:
         raise DataError("Expected at least one attack within the limits, but got none.")
-    points = [(_attacked(outcome, point), point.successes) for outcome, point in within]
+    points = [(attacked_point(outcome, point), point.successes) for outcome, point in within]
     is_below = [floor is not None and one.utility is not None and one.utility < floor for one, _ in points]
     counted = [pair for pair, below in zip(points, is_below, strict=True) if not below]
     below_floor = tuple(one for (one, _), below in zip(points, is_below, strict=True) if below)
@@ -160,6 +139,41 @@ def worst_case(
     )
 
 
+def check_floor(floor: float | None) -> None:
+    """Refuse a floor of the utility that is no share, such as 90 for 90 %: every attack would lie below it.
+
+    Args:
+        floor: share of the unattacked model's utility; None is none.
+
+    Raises:
+        ConfigError: it is not a number from 0 to 1.
+    """
+    if floor is not None and not SHARE.holds(floor):  # not a number is in no range either
+        raise ConfigError(f"Expected `floor` to be {SHARE.text}, but got {floor!r}. Write 0.9 for 90 %.")
+
+
+def attacked_point(outcome: AttackOutcome, point: AttackPoint, requests: Sequence[str] | None = None) -> AttackedPoint:
+    """Return a point with its attack and its rate.
+
+    Args:
+        outcome: of the attack.
+        point: one of its points.
+        requests: ids the rate is over; None takes all of the point.
+
+    Raises:
+        DataError: the point does not say which requests were broken.
+    """
+    if not point.successes:
+        raise DataError(
+            f"Expected every point of `{outcome.name}` to say which requests were broken, but got one that does not."
+        )
+    names = list(point.successes) if requests is None else requests
+    rate = Rate.of("attack_success", sum(point.successes[name] for name in names), len(names))
+    share = point.metrics.get(UTILITY)
+    utility = None if share is None else float(share["value"])
+    return AttackedPoint(outcome.name, outcome.unit, point.spent, point_setting(point), rate, utility)
+
+
 def last_points(outcome: AttackOutcome, *, limit: int | None = None) -> dict[str, AttackPoint]:
     """Return the point with most spent of each setting, by the setting as JSON.
 
@@ -174,70 +188,11 @@ def last_points(outcome: AttackOutcome, *, limit: int | None = None) -> dict[str
     return found
 
 
-def paired_attacks(defended: Sequence[AttackOutcome], undefended: Sequence[AttackOutcome]) -> list[PairedAttack]:
-    """Return how a defended model stands to its undefended twin, attack by attack.
-
-    Compared are the attacks of one name in both, at each setting both have, with the largest budget both have, over the
-    requests both were asked. Attacks of one name must have the same settings, unless they were searched for on each
-    model; an attack with one setting on either side is then compared whatever it is.
-
-    Args:
-        defended: attacks on the one model.
-        undefended: on the other.
-
-    Raises:
-        DataError: there is nothing to compare, or attacks of one name have other settings.
-    """
-    other = {outcome.name: outcome for outcome in undefended}
-    rows = []
-    for outcome in defended:
-        if outcome.name in other:
-            _check_settings(outcome, other[outcome.name])
-            found = [_paired(outcome, *pair) for pair in _pairs(outcome, other[outcome.name])]
-            rows += [row for row in found if row is not None]
-    if not rows:
-        raise DataError(
-            "Expected both models to have at least one attack, setting and request in common, but got none. Attack "
-            "both with the same suite."
-        )
-    return [replace(row, p_holm=p) for row, p in zip(rows, holm([row.p_value for row in rows]), strict=True)]
-
-
-def _check_settings(first: AttackOutcome, second: AttackOutcome) -> None:
-    if first.attack != second.attack:
-        raise DataError(
-            f"Expected `{first.name}` to be the same attack on both models, but got `{first.attack}` and "
-            f"`{second.attack}`. Attack both with the same suite."
-        )
-    if "search" in first.settings or "search" in second.settings:
-        return
-    ours, theirs = (json.loads(json.dumps(dict(one.settings))) for one in (first, second))
-    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if differing:
-        texts = [f"{key} {ours.get(key)!r} and {theirs.get(key)!r}" for key in differing]
-        raise DataError(
-            f"Expected `{first.name}` to have the same settings on both models, but got {', '.join(texts)}. Attack "
-            "both with the same suite."
-        )
-
-
 def _within(outcome: AttackOutcome, limit: int | None) -> list[AttackPoint]:
     points = [point for point in outcome.points if limit is None or point.spent <= limit]
     if outcome.unit != "queries":
         return points
     return list(last_points(outcome, limit=limit).values())
-
-
-def _attacked(outcome: AttackOutcome, point: AttackPoint, requests: Sequence[str] | None = None) -> AttackedPoint:
-    if not point.successes:
-        raise DataError(
-            f"Expected every point of `{outcome.name}` to say which requests were broken, but got one that does not."
-        )
-    names = list(point.successes) if requests is None else requests
-    rate = Rate.of("attack_success", sum(point.successes[name] for name in names), len(names))
-    share = point.metrics.get(UTILITY)
-    utility = None if share is None else float(share["value"])
-    return AttackedPoint(outcome.name, outcome.unit, point.spent, point_setting(point), rate, utility)
 
 
 def _maximum(
@@ -275,34 +230,3 @@ def _drawn_rates(
     # A draw without any request of an attack says nothing new about it.
     found: NDArray[Any] = np.where(sizes > 0, (weights @ broken.T) / np.maximum(sizes, 1.0), rates)
     return found
-
-
-def _pairs(first: AttackOutcome, second: AttackOutcome) -> list[tuple[AttackPoint, AttackPoint]]:
-    limit = min(max(point.spent for point in outcome.points) for outcome in (first, second))
-    ours, theirs = (last_points(outcome, limit=limit) for outcome in (first, second))
-    if len(ours) == len(theirs) == 1:
-        found = [(next(iter(ours.values())), next(iter(theirs.values())))]
-    else:
-        found = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    return [pair for pair in found if pair[0].spent == pair[1].spent]
-
-
-def _paired(outcome: AttackOutcome, point: AttackPoint, other: AttackPoint) -> PairedAttack | None:
-    shared = [name for name in point.successes if name in other.successes]
-    if not shared:
-        return None
-    before = [float(other.successes[name]) for name in shared]
-    after = [float(point.successes[name]) for name in shared]
-    test, interval = mcnemar_exact(before, after), paired_score_interval(before, after)
-    return PairedAttack(
-        point=_attacked(outcome, point, shared),
-        undefended=Rate.of("attack_success", int(sum(before)), len(shared)),
-        num_requests=len(shared),
-        difference=(sum(after) - sum(before)) / len(shared),
-        low=interval.low,
-        high=interval.high,
-        only_undefended=test.only_baseline,
-        only_defended=test.only_candidate,
-        p_value=test.p_value,
-        p_holm=test.p_value,
-    )

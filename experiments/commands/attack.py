@@ -75,7 +75,7 @@ def command(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             found = plan_suite(prepared)
         else:
-            found = attack_model(prepared, console=Console(stderr=arguments.json))
+            found = attack_model(prepared, console=Console(stderr=arguments.json), verbose=arguments.verbose)
     console = Console()
     if arguments.json:
         print_json(found)

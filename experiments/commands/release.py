@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "leave measured prompts out of the numbers that stood in the training data: the same ones, or near ones too"
     parser.add_argument("--exclude-overlap", nargs="?", const="near", choices=("exact", "near"), help=text)
     parser.add_argument("--full-replies", action="store_true", help="keep replies to harmful prompts readable")
-    text = "JSON file of what attacks found, for the model card; may be given several times"
+    text = "attack.json of `seawall attack`, or a JSON list of attacks, for the model card; may be given several times"
     parser.add_argument("--attacks", action="append", default=[], metavar="FILE", help=text)
 
 
@@ -91,6 +91,7 @@ def _plain(found: Released) -> dict[str, object]:
         },
         "excluded": found.num_excluded,
         "replies_left_out": found.num_without_opening,
+        "replies_with_image": found.num_with_image,
     }
 
 
@@ -107,3 +108,8 @@ def _show(found: Released, console: Console) -> None:
         console.print(f"not covered: {sentence}", highlight=False, markup=False)
     if found.num_without_opening:
         console.print(f"{found.num_without_opening} replies behind sampled openings left out", highlight=False)
+    if found.num_with_image:
+        console.print(
+            f"{found.num_with_image} replies were made with pictures, which stay here: they cannot be made again",
+            highlight=False,
+        )

@@ -56,4 +56,4 @@ def command(arguments: argparse.Namespace) -> int:
             Console().print(sentence, soft_wrap=True, highlight=False, markup=False)
     if not found.is_good:
         return 1
-    return NOT_ALL_CHECKED if found.unchecked else 0
+    return NOT_ALL_CHECKED if found.left_out else 0

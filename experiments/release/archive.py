@@ -18,6 +18,9 @@ from framework.files import hash_file
 
 __all__ = ["pack", "unpack"]
 
+DEEPEST = 4
+"""Folders within folders; a bundle has one, and every further one would cost the disk more than its letter."""
+
 
 def pack(folder: Path, target: Path) -> None:
     """Write the files of a bundle into the archive ``target``, under a temporary name first."""
@@ -44,11 +47,12 @@ def unpack(archive: Path, folder: Path) -> list[Problem]:
         What is wrong with the archive, at most one thing; the folder is then of no use.
     """
     try:
+        left = archive.stat().st_size  # nothing is compressed, so the files cannot be larger than the archive
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
-                problem = path_problem(member.name) if member.name not in UNLISTED else ""
-                if problem or not member.isreg():
-                    problem = problem or "is no plain file"
+                left -= member.size
+                problem = _entry_problem(member) or ("" if left >= 0 else "holds more bytes than the archive")
+                if problem:
                     return [Problem("archive", f"The archive's entry {member.name!r} {problem}.")]
                 target = folder / member.name
                 if target.exists():
@@ -60,6 +64,16 @@ def unpack(archive: Path, folder: Path) -> list[Problem]:
     if _packed_hash(folder) != hash_file(archive):
         return [Problem("archive", "The archive is not what packing its files gives: bytes between them were changed.")]
     return []
+
+
+def _entry_problem(member: tarfile.TarInfo) -> str:
+    """Return why an entry may not be unpacked, the end of a sentence; empty if it may."""
+    if member.name not in UNLISTED and (problem := path_problem(member.name)):
+        return problem
+    # Not `isreg`: it takes sparse files, a few bytes that say how many zeros to write. They have three spellings.
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse() or member.size < 0:
+        return "is no plain file"
+    return "lies in too many folders" if member.name.count("/") > DEEPEST else ""
 
 
 class _Hashing(io.RawIOBase):

@@ -17,17 +17,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from experiments.release.adapter import check_adapter, name_base
 from experiments.release.archive import pack
+from experiments.release.attacks import read_attacks
 from experiments.release.check import check_bundle
-from experiments.release.facts import read_attacks, release_facts
+from experiments.release.facts import release_facts
 from experiments.release.finished_run import FinishedRun, read_finished_run
 from experiments.release.manifest import MANIFEST_FILE, SIGNATURE_FILE, list_files, make_manifest
 from experiments.release.model_card import model_card
 from experiments.release.names import public_name, short_names, without_paths
 from experiments.release.overlap import Overlap, OverlapKind, find_overlap, training_prompts
-from experiments.release.samples import bundle_sample, select_samples
+from experiments.release.samples import bundle_sample, has_image, select_samples
 from experiments.release.signing import create_key, key_fingerprint, read_private_key, secret_forms, sign_manifest
 from framework.errors import ConfigError, DataError, SeawallError, StorageError
 from framework.files import to_plain, write_atomic, write_json
+from framework.model_files import model_fingerprint
 
 __all__ = ["ReleaseOptions", "Released", "release_run"]
 
@@ -59,7 +61,7 @@ class ReleaseOptions:
     full_replies: bool = False
     """Keep replies to harmful prompts, and sampled openings, readable."""
     attacks: Sequence[Path] = ()
-    """JSON files of what attacks found."""
+    """Files of ``seawall attack``, or JSON lists of what attacks found."""
 
 
 class Released(NamedTuple):
@@ -75,6 +77,8 @@ class Released(NamedTuple):
     num_excluded: int
     num_without_opening: int
     """Replies left out because a sampled opening was forced on the model."""
+    num_with_image: int
+    """Replies that cannot be made again because their pictures are not in the bundle."""
 
 
 def release_run(folder: Path, options: ReleaseOptions, *, now: datetime | None = None) -> Released:
@@ -87,7 +91,7 @@ def release_run(folder: Path, options: ReleaseOptions, *, now: datetime | None =
 
     Raises:
         ConfigError: options that do not go together, a wrong key, or an adapter that is not the measured model.
-        DataError: the run is not finished or damaged, or no prompts are left.
+        DataError: the run is not finished or damaged, no prompts are left, or attacks are not on its model.
         ModelError: the run's model is missing or incomplete.
         StorageError: the bundle cannot be written.
     """
@@ -96,15 +100,17 @@ def release_run(folder: Path, options: ReleaseOptions, *, now: datetime | None =
     run = read_finished_run(folder)
     key = read_private_key(options.key) if options.key else None
     base = check_adapter(run) if options.content == "adapter" else None
-    attacks = [attack for path in options.attacks for attack in read_attacks(path)]
+    weights = model_fingerprint(run.model) if options.attacks else ""
+    attacks = [attack for path in options.attacks for attack in read_attacks(path, fingerprint=weights)]
     overlap = _measure_overlap(run, options)
     excluded = overlap.excluded(options.exclude)
     keeps = options.full_replies or run.config.evaluate.prefill_replies == "opening"
     samples, num_left = select_samples(run.samples, excluded, keeps_openings=keeps)
     counted, _ = select_samples(run.samples, excluded, keeps_openings=True)
+    num_with_image = sum(has_image(sample) for sample in samples)
     facts = release_facts(
         run, counted, content=options.content, created=moment, expires=options.expires, overlap=overlap,
-        excluded=excluded, base_fingerprint=base, attacks=attacks,
+        excluded=excluded, base_fingerprint=base, attacks=attacks, num_with_image=num_with_image,
     )  # fmt: skip
     with _staging(target) as staging:
         _fill(staging, run, facts, samples, full=options.full_replies)
@@ -120,7 +126,7 @@ def release_run(folder: Path, options: ReleaseOptions, *, now: datetime | None =
         _deliver(staging, target, is_archive=options.is_archive)
     sizes = [entry.size for entry in checked.manifest.files.values()]
     signer = key_fingerprint(signing_key.public_key())
-    return Released(target, len(sizes), sum(sizes), signer, overlap, len(excluded), num_left)
+    return Released(target, len(sizes), sum(sizes), signer, overlap, len(excluded), num_left, num_with_image)
 
 
 def _check_options(folder: Path, options: ReleaseOptions, now: datetime) -> Path:
@@ -191,8 +197,10 @@ def _fill(
     folder: Path, run: FinishedRun, facts: dict[str, Any], samples: Sequence[Mapping[str, Any]], *, full: bool
 ) -> None:
     """Write everything but manifest and signature, without the names of this machine's folders."""
-    if not samples:
-        raise DataError("Expected replies that verification can make again, but got none without a forced opening.")
+    if all(has_image(sample) for sample in samples):
+        raise DataError(
+            "Expected replies that verification can make again, but got none without a forced opening or a picture."
+        )
     config = to_plain(run.config)
     names = short_names([config, run.results])
     facts = without_paths(facts, names)

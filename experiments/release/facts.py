@@ -6,7 +6,6 @@ Places of this machine still stand in it; who writes it takes them out.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from datamodules.catalog import EMBEDDED, MORE
 from datamodules.tasks import create_task
 from experiments.fingerprints import content_hashes, embedded_hash
 from experiments.measured_runs import ATTACKED, RATES, find_outcomes
+from experiments.release.attacks import prefill_attacks
 from experiments.release.finished_run import FinishedRun
 from experiments.release.manifest import show_time
 from experiments.release.names import public_name
@@ -26,12 +26,11 @@ from framework.evaluation.rates import Rate
 from framework.files import read_json, to_plain
 from framework.models import choose_dtype
 
-__all__ = ["read_attacks", "release_facts"]
+__all__ = ["metrics_without", "release_facts"]
 
 SCHEMA_VERSION = 1
 INDEPENDENT = ("refusal_margin", "benign_nll", "nll/", "choice_accuracy/")
 """Metrics that do not come from the recorded replies; leaving prompts out does not change them."""
-_PREFILL = re.compile(r"prefill_(\d+)/attack_success")
 
 
 def release_facts(
@@ -45,6 +44,7 @@ def release_facts(
     excluded: frozenset[str],
     base_fingerprint: str | None,
     attacks: Sequence[Mapping[str, Any]],
+    num_with_image: int,
 ) -> dict[str, Any]:
     """Return the content of ``release.json``.
 
@@ -58,6 +58,7 @@ def release_facts(
         excluded: prompts left out of the numbers for it.
         base_fingerprint: of the base model, for an adapter.
         attacks: what other attacks found.
+        num_with_image: replies in the bundle that were made with a picture.
     """
     config = run.config
     metrics = dict(run.row["metrics"]) if not excluded else metrics_without(run.row["metrics"], samples)
@@ -79,6 +80,7 @@ def release_facts(
         "judges": list(config.evaluate.judges),
         "metrics": metrics,
         "is_model_checked": run.is_model_checked,
+        "num_with_image": num_with_image,
         "overlap": {
             "num_prompts": overlap.num_prompts,
             "num_training_prompts": overlap.num_training,
@@ -87,7 +89,7 @@ def release_facts(
             "unknown": list(overlap.unknown),
             "excluded": sorted(excluded),
         },
-        "attacks": [*_prefill_attacks(config, metrics), *attacks],
+        "attacks": [*prefill_attacks(config, metrics), *attacks],
         "data": _provenance(config),
         "training": _training(run.results),
         "cost": dict(run.row.get("cost") or {}),
@@ -137,38 +139,6 @@ def _attacked_share(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"prefill_prompts": to_plain(Rate.of("prefill_prompts", hits, asked))} if 0 < hits <= asked else {}
 
 
-def read_attacks(path: Path) -> list[dict[str, Any]]:
-    """Return the attacks in a JSON file: a list, or a mapping with a list under ``attacks``.
-
-    An attack has a ``name``, and may have ``budget`` and ``cost`` (mappings) and ``metrics`` (rates with counts and
-    bounds). Transcripts and whatever else stands there is left out.
-
-    Raises:
-        DataError: the file is not of that form, or a rate has no counts.
-    """
-    try:
-        value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"Expected `{path}` to be a JSON file of attacks, but got: {error}.") from error
-    items = value.get("attacks") if isinstance(value, dict) else value
-    if not isinstance(items, list) or not items:
-        raise DataError(f"Expected `{path}` to list attacks, but got none. It needs a list under `attacks`.")
-    return [_attack(item, path) for item in items]
-
-
-def _attack(item: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"]:
-        raise DataError(f"Expected every attack in `{path}` to have a name, but got {str(item)[:60]!r}.")
-    metrics = item.get("metrics") or {}
-    rates = {key: value for key, value in metrics.items() if isinstance(value, dict)}
-    for key, rate in rates.items():
-        if not {"value", "numerator", "denominator", "low", "high"} <= set(rate):
-            raise DataError(
-                f"Expected rate `{key}` of attack `{item['name']}` to have counts and bounds, but it lacks some."
-            )
-    return {"name": item["name"], "budget": item.get("budget") or {}, "cost": item.get("cost") or {}, "metrics": rates}
-
-
 def _generation(run: FinishedRun, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return how the replies were made; the ``prefill`` is each sample's own."""
     config = run.config
@@ -190,15 +160,6 @@ def _generation(run: FinishedRun, samples: Sequence[Mapping[str, Any]]) -> dict[
         "max_new_tokens": limits,
         "decoding": "greedy",
     }
-
-
-def _prefill_attacks(config: RunConfig, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for key, rate in metrics.items():
-        if match := _PREFILL.fullmatch(key):
-            budget = {"forced_tokens": int(match[1]), "openings": config.evaluate.prefill_replies}
-            found.append({"name": "prefill", "budget": budget, "cost": {}, "metrics": {"attack_success": dict(rate)}})
-    return found
 
 
 def _provenance(config: RunConfig) -> list[dict[str, Any]]:

@@ -182,17 +182,27 @@ def path_problem(path: str) -> str:
 def list_files(folder: Path) -> tuple[list[str], list[Problem]]:
     """Return the paths of all files below ``folder`` but manifest and signature, sorted, and what is no plain file.
 
-    Links are not followed. An empty folder is a problem too: nothing in a manifest could speak for it.
+    Links are not followed. An empty folder is a problem too: nothing in a manifest could speak for it. So is one that
+    cannot be listed: whatever lies in it would count as absent.
     """
     paths: list[str] = []
     problems: list[Problem] = []
-    for place, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        name = Path(str(error.filename)).relative_to(folder).as_posix()
+        problems.append(Problem("files", f"{name!r} cannot be read: {error.strerror or error}."))
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
         inside = Path(place).relative_to(folder)
         if not folders and not names and place != str(folder):
             problems.append(Problem("files", f"Folder {inside.as_posix()!r} is empty and not part of the bundle."))
         for name in sorted([*folders, *names]):
             path = (inside / name).as_posix()
-            mode = (Path(place) / name).lstat().st_mode
+            try:
+                mode = (Path(place) / name).lstat().st_mode
+            except OSError as error:  # a folder may be listed, and yet not entered
+                refuse(error)
+                continue
             if stat.S_ISLNK(mode):
                 problems.append(Problem("files", f"{path!r} is a symbolic link, which a bundle may not hold."))
             elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

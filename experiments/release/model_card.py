@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.console import format_count, format_mean, format_rate, format_seconds
+from experiments.release.attacks import BY_HAND, MEASURED, OWN, UNCOMPARED
 
 __all__ = ["model_card"]
 
@@ -23,6 +24,12 @@ _NO_ATTACK = (
     "**No attack was tried on this model.** The numbers above are about harmful requests asked directly. They say "
     "nothing about prompts made to get around refusals, nor about what fine-tuning or editing the weights undoes."
 )
+_ORIGINS = {
+    OWN: "the released run",
+    MEASURED: "`seawall attack` on these weights",
+    UNCOMPARED: "`seawall attack`; whether on these weights was not compared",
+    BY_HAND: "a list written by hand",
+}
 _LIMITS = (
     "The numbers hold for the prompts of the named sets and for greedy replies; other prompts, languages, system "
     "messages and sampling give others.",
@@ -115,8 +122,10 @@ def _attacks(attacks: Sequence[Mapping[str, Any]]) -> str:
     for attack in attacks:
         rates = attack["metrics"] or {"": None}
         for key, rate in rates.items():
-            rows.append([attack["name"], _pairs(attack["budget"]), _pairs(attack["cost"]), key, format_rate(rate)])
-    table = _table(["attack", "budget", "cost", "rate", "result"], rows)
+            source = _ORIGINS.get(attack.get("origin", ""), "not recorded")
+            cost = _pairs(attack["cost"])
+            rows.append([attack["name"], _pairs(attack["budget"]), cost, key, format_rate(rate), source])
+    table = _table(["attack", "budget", "cost", "rate", "result", "from"], rows)
     return f"## Attack budget\n\nWhat was tried, and no more than that:\n\n{table}"
 
 
@@ -154,7 +163,8 @@ def _cost(facts: Mapping[str, Any]) -> str:
 
 
 def _verification(facts: Mapping[str, Any]) -> str:
-    return (
+    pictures = facts.get("num_with_image", 0)
+    text = (
         "## Verification\n\n`manifest.json` lists every file with its SHA-256, `signature.json` is the Ed25519 "
         "signature over the manifest's bytes. `seawall verify BUNDLE --key PUBLIC.pem` checks both and makes a random "
         "sample of the replies again. Take the public key from its owner, not from where the bundle lay. The signature "
@@ -162,10 +172,17 @@ def _verification(facts: Mapping[str, Any]) -> str:
         "Replies to harmful requests stand in `samples.jsonl` as hashes of their beginnings, unless they were kept on "
         "request."
     )
+    if pictures:
+        text += (
+            f"\n\n**Not verifiable:** {pictures} replies were made with pictures, which the bundle does not hold; "
+            "`seawall verify` makes none of them again."
+        )
+    return text
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

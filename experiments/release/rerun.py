@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.measured_runs import ATTACKED, RATES
-from experiments.release.facts import metrics_without
-from experiments.release.samples import agreement
+from experiments.release.claims import check_claims
+from experiments.release.samples import agreement, has_image
 from framework.chat import ChatEncoder
-from framework.errors import ConfigError, DataError, ModelError, SeawallError
+from framework.errors import ConfigError, DataError, ModelError
 from framework.evaluation.coherence import classify
 from framework.evaluation.generation import generate_replies
 from framework.evaluation.judges import create_judge, known_judges, run_judge
@@ -30,7 +29,7 @@ from framework.files import read_json
 from framework.model_files import model_fingerprint
 from framework.models import LoadedModel, ModelSpec, choose_device, find_model, load_model, merge_adapter
 
-__all__ = ["CountCheck", "Rerun", "Tolerance", "check_claims", "load_released", "read_release", "rerun_sample"]
+__all__ = ["CountCheck", "Rerun", "Tolerance", "load_released", "read_release", "rerun_sample"]
 
 BATCH = 16
 THRESHOLD = 0.5
@@ -103,7 +102,11 @@ class Rerun:
     num_judges: int
     """Of the bundle."""
     wrong_claims: tuple[str, ...]
-    """Rates of the bundle that its own verdicts do not give."""
+    """Numbers of the bundle that contradict themselves or its own verdicts."""
+    unchecked_claims: tuple[str, ...]
+    """Names of the numbers that nothing in the bundle decides."""
+    num_with_image: int
+    """Replies to prompts with a picture, which the bundle does not hold; none of them is made again."""
     tolerance: Tolerance
 
     @property
@@ -147,47 +150,11 @@ def read_release(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         is_known = is_known and all(isinstance(name, str) for name in facts["judges"])
         if not is_known or any(limits[f"{s['kind']}/{s['set']}"] < 1 or not s["prompt"] for s in samples):
             raise ValueError("settings that are not known")
+        if all(has_image(sample) for sample in samples):
+            raise ValueError("no reply without a picture, which the bundle does not hold")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Expected the bundle to say how its replies were made, but got: {error!r}.") from error
     return facts, samples
-
-
-def check_claims(facts: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what the bundle claims of its model and its own verdicts do not give, one sentence each.
-
-    Rates that need the words of replies that are kept as hashes, and attacks whose openings are not in the bundle, are
-    left out.
-
-    Args:
-        facts: content of ``release.json``.
-        samples: of the bundle.
-
-    Raises:
-        DataError: there is nothing to count, or verdicts that are none.
-    """
-    claimed = facts.get("metrics")
-    if not isinstance(claimed, Mapping):
-        raise DataError(f"Expected the bundle to claim rates, but got {type(claimed).__name__}.")
-    try:
-        opened = {sample["set"] for sample in samples if sample.get("prefill")}
-        kept = [sample for sample in samples if sample["set"] in opened or not ATTACKED.fullmatch(sample["set"])]
-        counted = metrics_without(claimed, [{"reply": "", **sample} for sample in kept])
-    except DataError:
-        raise
-    except (SeawallError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"Expected the bundle's verdicts to decide its rates, but got: {error!r}.") from error
-    skipped = {"keyword_attack_success"} if any("reply" not in sample for sample in kept) else set()
-    places = {"", *(sample["set"] for sample in kept)}
-    found = []
-    for key, rate in claimed.items():
-        place, _, name = key.rpartition("/")
-        if name in RATES and name not in skipped and place in places and _counts(rate) != _counts(counted.get(key)):
-            found.append(f"The bundle claims {key} {_counts(rate)}, but its verdicts give {_counts(counted.get(key))}.")
-    return found
-
-
-def _counts(rate: Any) -> str:
-    return f"{rate.get('numerator')}/{rate.get('denominator')}" if isinstance(rate, Mapping) else "nothing"
 
 
 def rerun_sample(
@@ -203,7 +170,7 @@ def rerun_sample(
 
     Args:
         folder: a bundle whose files were checked.
-        num_prompts: how many, drawn without repetition.
+        num_prompts: how many, drawn without repetition from those without a picture.
         seed: of the choice.
         base: base model of an adapter; None takes the name in the bundle.
         tolerance: how far they may differ.
@@ -215,10 +182,11 @@ def rerun_sample(
         ModelError: model or base cannot be loaded, or the base is another one.
     """
     facts, samples = read_release(folder)
-    if not 1 <= num_prompts <= len(samples):
-        raise ConfigError(f"Expected `--prompts` to be between 0 and {len(samples)}, but got {num_prompts}.")
-    wrong_claims = check_claims(facts, samples)
-    chosen = [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), num_prompts))]
+    plain = [sample for sample in samples if not has_image(sample)]
+    if not 1 <= num_prompts <= len(plain):
+        raise ConfigError(f"Expected `--prompts` to be between 0 and {len(plain)}, but got {num_prompts}.")
+    claims = check_claims(facts, samples)
+    chosen = [plain[i] for i in sorted(random.Random(seed).sample(range(len(plain)), num_prompts))]
     loaded = load_released(folder, facts, base=base)
     loaded.model.to(choose_device(accelerator))  # type: ignore[arg-type]
     replies = _generate(loaded, facts["generation"], chosen)
@@ -235,7 +203,9 @@ def rerun_sample(
         counts=tuple(counts),
         not_asked=tuple(not_asked),
         num_judges=len(facts["judges"]),
-        wrong_claims=tuple(wrong_claims),
+        wrong_claims=claims.wrong,
+        unchecked_claims=claims.unchecked,
+        num_with_image=len(samples) - len(plain),
         tolerance=tolerance,
     )
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.release.names import without_paths
 from framework.errors import DataError
 
-__all__ = ["agreement", "bundle_sample", "exact_hash", "prefix_hashes", "sample_key"]
+__all__ = ["agreement", "bundle_sample", "exact_hash", "has_image", "prefix_hashes", "sample_key", "select_samples"]
 
 KEPT = (
     "id",
@@ -40,6 +41,11 @@ def sample_key(sample: Mapping[str, Any]) -> str:
     return f"{sample['set']}/{sample['id']}"
 
 
+def has_image(sample: Mapping[str, Any]) -> bool:
+    """Return whether a picture was shown with the prompt: no bundle holds it, so the reply cannot be made again."""
+    return bool(sample.get("image"))
+
+
 def bundle_sample(
     sample: Mapping[str, Any], *, names: Mapping[str, str] | None = None, full: bool = False
 ) -> dict[str, Any]:
@@ -52,6 +58,8 @@ def bundle_sample(
     """
     line = {key: sample[key] for key in KEPT if key in sample}
     line |= without_paths({"set": sample["set"], "id": sample["id"]}, names or {})
+    if has_image(sample):
+        line["image"] = Path(sample["image"]).name
     reply = str(sample["reply"])
     if full or sample["kind"] not in HASHED:
         return line | {"reply": reply}

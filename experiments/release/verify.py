@@ -18,6 +18,7 @@ from experiments.release.archive import unpack
 from experiments.release.check import Checked, check_bundle
 from experiments.release.manifest import Problem, show_time
 from experiments.release.rerun import Rerun, Tolerance, read_release, rerun_sample
+from experiments.release.samples import has_image
 from experiments.release.signing import read_public_key
 from framework.errors import ConfigError, DataError
 
@@ -34,7 +35,7 @@ class VerifyOptions:
     key: Path | None = None
     """The signer's public key (PEM); None takes the one in the bundle, which proves no origin."""
     prompts: int | None = None
-    """Replies to make again; None takes 8 or all there are, 0 makes none."""
+    """Replies to make again; None takes 8 or all that can be, 0 makes none."""
     seed: int | None = None
     """Of the choice; None draws one, so that nobody knows beforehand which are made again."""
     base: str | None = None
@@ -61,7 +62,12 @@ class Verification:
 
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """What a bundle with nothing wrong has not shown, in sentences; empty when everything was checked."""
+        """What a bundle with nothing wrong has not shown, in sentences; the options leave open ``left_out`` of it."""
+        return (*self.left_out, *self._beyond_reach())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What other options would have checked, in sentences; empty when everything that can be checked was."""
         if self.problems or self.checked is None or self.checked.signature is None:
             return ()
         trusted = self.checked.signature.is_trusted
@@ -69,6 +75,20 @@ class Verification:
             *(() if trusted else ("Who signed it is not checked: give the signer's public key with --key.",)),
             *(() if self.rerun else ("What it says of its model is not checked: no reply was made again.",)),
         )
+
+    def _beyond_reach(self) -> tuple[str, ...]:
+        """Return what no option checks, because the bundle does not hold what decides it."""
+        if self.problems or self.rerun is None:
+            return ()
+        found, claims = [], self.rerun.unchecked_claims
+        if claims:
+            found.append(f"Nothing in the bundle decides these numbers, its signer states them: {', '.join(claims)}.")
+        if self.rerun.num_with_image:
+            found.append(
+                f"{self.rerun.num_with_image} of {self.rerun.num_recorded} replies were made with pictures, which the "
+                "bundle does not hold; none of them was made again."
+            )
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for ``--json``."""
@@ -80,6 +100,7 @@ class Verification:
             "bad_parts": [part for part in PARTS if any(problem.part == part for problem in self.problems)],
             "problems": [problem._asdict() for problem in self.problems],
             "unchecked": list(self.unchecked),
+            "left_out": list(self.left_out),
             "name": manifest.name if manifest else None,
             "files": len(manifest.files) if manifest else None,
             "bytes": sum(entry.size for entry in manifest.files.values()) if manifest else None,
@@ -128,7 +149,7 @@ def verify_bundle(
 
 def verification_table(found: Verification) -> Table:
     """Return one row a part: whether it is good, and what was found."""
-    verdict = "BAD" if not found.is_good else "NOT ALL CHECKED" if found.unchecked else "good"
+    verdict = "BAD" if not found.is_good else "NOT ALL CHECKED" if found.left_out else "good"
     table = Table(box=box.SIMPLE, title=f"{found.bundle}: {verdict}", title_justify="left")
     table.add_column("part")
     table.add_column("verdict")
@@ -145,7 +166,7 @@ def verification_table(found: Verification) -> Table:
 def _rerun(folder: Path, options: VerifyOptions) -> Rerun:
     wanted = options.prompts
     if wanted is None:
-        wanted = min(DEFAULT_PROMPTS, len(read_release(folder)[1]))
+        wanted = min(DEFAULT_PROMPTS, sum(not has_image(sample) for sample in read_release(folder)[1]))
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     return rerun_sample(
         folder, num_prompts=wanted, seed=seed, base=options.base, tolerance=options.tolerance,

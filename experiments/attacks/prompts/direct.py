@@ -28,6 +28,8 @@ class DirectConfig:
 class Direct(StaticAttack):
     """Sends the request as it stands."""
 
+    is_plain = True
+
     @property
     def budget(self) -> int:
         """One query a request."""

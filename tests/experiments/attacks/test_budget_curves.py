@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from scipy.stats import binomtest
 
 from experiments.attacks.budget_curves import (
     Held,
@@ -57,9 +58,39 @@ def test_nothing_broken_and_all_broken_are_no_exception():
     none = survival_of([Held("a", 5, False), Held("b", 5, False)])
     assert (none.times, none.median, none.num_broken) == ((), None, 0)
     every = survival_of([Held("a", 1, True), Held("b", 1, True)])
-    assert (every.survival, every.low, every.high, every.median) == ((0.0,), (0.0,), (0.0,), 1)
+    assert (every.survival, every.low, every.median) == ((0.0,), (0.0,), 1)
     at_once = survival_of([Held("a", 0, True), Held("b", 50, False)])
     assert at_once.times == (0,)
+
+
+def broken_at(*spent):
+    return [Held(f"r{n}", at, True) for n, at in enumerate(spent)]
+
+
+def test_when_every_request_is_broken_the_share_that_holds_is_still_uncertain():
+    two = survival_of(broken_at(1, 1))
+    assert two.high == pytest.approx((binomtest(0, 2).proportion_ci(0.95, "exact").high,))
+    assert two.median_text() == "1 (1 to not reached)"
+    # That all of six break where half of them would hold has a chance of 1 in 64, below 2.5 %.
+    assert [survival_of(broken_at(*[1] * n)).median_text() for n in (5, 6)] == ["1 (1 to not reached)", "1 (1 to 1)"]
+
+
+def test_of_requests_broken_one_after_another_all_count_for_the_upper_end():
+    found = survival_of(broken_at(*range(1, 11)))
+    assert found.high[-1] == pytest.approx(1 - 0.025 ** (1 / 10))
+    assert list(found.high) == sorted(found.high, reverse=True)
+    assert found.low[-1] == 0.0
+    assert found.median == 5
+
+
+def test_where_some_were_censored_only_those_at_risk_count_for_the_upper_end():
+    found = survival_of([*broken_at(4, 4, 4), *(Held(f"c{n}", 3, False) for n in range(40))])
+    assert (found.at_risk, found.survival) == ((3,), (0.0,))
+    assert found.high == pytest.approx((1 - 0.025 ** (1 / 3),))
+    late = survival_of([*broken_at(*[1] * 30, 5), Held("c", 3, False)])
+    assert late.survival[-1] == 0.0
+    # One request alone would say next to nothing, but no more hold than held before.
+    assert late.high[-1] == late.high[0] < 0.3
 
 
 def test_the_log_rank_test_is_what_one_computes_by_hand():

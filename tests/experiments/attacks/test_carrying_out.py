@@ -237,10 +237,36 @@ def test_more_queries_without_a_reply_than_may_end_the_attack(here):
     assert "status 503" in results["failed"][0]["error"]
 
 
+def test_an_interrupted_suite_on_an_endpoint_keeps_what_it_asked_until_it_ends_and_says_so(here):
+    suite = here("one: {attack: direct}, two: {attack: best_of_n, queries: 2}")
+    with serving(lambda body, number: completion(REFUSAL) if number <= 6 else Said({}, 503)) as endpoint:
+        runs = []
+        for answer in (None, lambda body, number: completion(HELPFUL), lambda body, number: completion(HELPFUL)):
+            endpoint.answer = answer or endpoint.answer
+            before = len(endpoint.asked)
+            results = attack_model(prepared := prepare_suite(endpoint.name(), suite))
+            notes = (prepared.folder / "attack.md").read_text()
+            runs.append((results, len(endpoint.asked) - before, notes))
+    (cut, num_cut, _), (went_on, num_more, said), (anew, num_anew, nothing) = runs
+    assert [one["name"] for one in cut["outcomes"]] == ["one"]
+    assert (num_cut > 6, num_more, num_anew) == (True, 3, 6)
+    wins = [
+        [one["points"][-1]["metrics"]["attack_success"]["numerator"] for one in r["outcomes"]] for r in (went_on, anew)
+    ]
+    assert wins == [[0, 3], [3, 3]]
+    assert "one: 3 of 3 replies were kept from an interrupted suite, given until 20" in said
+    assert "two: 3 of 6 replies were kept from an interrupted suite, given until 20" in said
+    assert "kept" not in nothing
+    assert not [one for one in anew["outcomes"] if "asked_until" in one["cost"]]
+
+
 def test_a_finished_attack_on_an_endpoint_is_asked_again(here):
     with serving(lambda body, number: completion(REFUSAL)) as endpoint:
         prepared = prepare_suite(endpoint.name(), here("direct: {}"))
-        found = [carry_out(prepared.attacks[0], prepared.stage, plain=None) for _ in range(2)]
+        found = []
+        for _ in range(2):
+            found.append(carry_out(prepared.attacks[0], prepared.stage, plain=None))
+            prepared.stage.unfinished.forget()
         reused = prepare_suite(endpoint.name(), here("direct: {}"), ["endpoint.reuse=true"])
         again = find_finished(reused.attacks[0], reused.stage)
         prepared.stage.target.responder.close()

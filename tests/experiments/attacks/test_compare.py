@@ -149,8 +149,9 @@ def test_a_label_falls_back_to_the_folder(tmp_path):
     [
         (None, "to be the results of `seawall attack`, but got FileNotFoundError"),
         ("{", "JSONDecodeError"),
-        ('{"format": 9, "outcomes": []}', "in format 1, but got others"),
+        ('{"format": 9, "outcomes": []}', "in format 1 or 2, but got others"),
         ('{"format": 1, "outcomes": []}', "at least one finished attack"),
+        ('{"format": 2, "outcomes": []}', "at least one finished attack"),
         ('{"format": 1, "outcomes": [{"points": []}]}', "every outcome in .* to be complete"),
     ],
 )
@@ -204,3 +205,35 @@ def test_attacks_that_a_model_lacks_are_told(tmp_path):
     text = comparison_markdown(found)
     assert "- second has no results of prune, search (failed)." in text
     assert "attacks that failed and are not in it: 1" in text
+
+
+def stopped(folder, label, counts, **failed):
+    made = [point(range(n), total=20, spent=steps, learning_rate=rate) for (rate, steps), n in counts.items()]
+    made += [point([0], total=20, learning_rate=rate, training="failed") for rate in failed.values()]
+    return write_attack_file(folder / label, label, [outcome("harmful", made, unit="steps")])
+
+
+def test_a_smaller_budget_than_the_neighbours_is_marked_and_what_is_not_paired_is_named(tmp_path):
+    plain = {(1e-4, 50): 1, (1e-4, 100): 2, (1e-3, 50): 2, (1e-3, 100): 12, (1e-2, 100): 20}
+    early = {(1e-4, 50): 1, (1e-4, 100): 2, (1e-3, 50): 19}
+    found = compare_attacks([stopped(tmp_path, "plain", plain), stopped(tmp_path, "safe", early, rate=1e-2)])
+    text = comparison_markdown(found)
+    assert [str(one.point).partition(") ")[2] for one in found.rows[1].paired] == ["at 100 steps", "at 50 steps"]
+    plains, safes = "60.0% (12/20, 38.7% to 78.1%)", "95.0% (19/20, 76.4% to 99.1%) ‡ 50 steps"
+    assert f"| harmful (learning_rate 0.001) | {plains} | {safes} |" in text
+    assert text.count("‡") == 2
+    assert "‡ Measured with this smaller budget alone" in text
+    assert (
+        "- safe, harmful (learning_rate 0.01): the model could not be trained, the baseline was measured at 100 steps."
+    ) in text
+    assert found.rows[0].unpaired == ()
+    whole = comparison_markdown(compare_attacks([tmp_path / "plain"]))
+    assert "‡" not in whole
+    assert "could not be paired" not in whole
+
+
+@pytest.mark.parametrize("floor", [90, -0.1, float("nan")])
+def test_a_floor_that_is_no_share_is_refused_before_anything_is_read(floor, tmp_path):
+    with pytest.raises(ConfigError, match=f"Expected `floor` to be a share between 0 and 1, but got {floor!r}"):
+        compare_attacks([tmp_path / "nowhere"], floor=floor)
+    assert main([str(tmp_path / "nowhere"), "--floor", str(floor)]) == 2

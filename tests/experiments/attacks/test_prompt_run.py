@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.attacks.interface import PromptAttack, Query
+from experiments.attacks.interface import Attempt, PromptAttack, Query
 from experiments.attacks.prompt_run import attack_points, run_prompt_attack
 from experiments.attacks.prompts.best_of_n import BestOfN, BestOfNConfig
+from experiments.attacks.prompts.code_switching import CodeSwitching, CodeSwitchingConfig
 from experiments.attacks.prompts.direct import Direct, DirectConfig
+from experiments.attacks.prompts.obfuscation import Obfuscation, ObfuscationConfig
+from experiments.attacks.prompts.persona import Persona, PersonaConfig
+from experiments.attacks.prompts.prefill import Prefill, PrefillConfig
 from experiments.attacks.prompts.templates import Templates, TemplatesConfig
 from experiments.attacks.responder import ReplySettings
 from experiments.attacks.transcript import Transcript, read_transcript
-from framework.errors import DataError, SeawallError
-from framework.evaluation.panel import create_panel
+from experiments.statistics import wilson_interval
+from framework.errors import DataError, NoEffectError, SeawallError
+from framework.evaluation.judges import Verdict
+from framework.evaluation.panel import create_panel, verdict_rates
 from framework.examples import Prompt
 from tests.experiments.attacks.scripted import ANSWER, REFUSAL, REQUESTS, Scripted
 
@@ -213,3 +219,96 @@ def test_an_attack_without_any_reply_is_refused(tmp_path):
     ids = [request.id for request in REQUESTS]
     with pytest.raises(SeawallError, match="Expected attack `direct` to get at least one reply, but got none"):
         run(Direct(DirectConfig()), Silent(*ids), tmp_path / "t", max_unanswered=9)
+
+
+class Deployed(Scripted):
+    """Has a system message of its own."""
+
+    def identity(self):
+        return {**super().identity(), "system": "Be brief."}
+
+
+def no_words(folder) -> CodeSwitching:
+    path = folder / "words.json"
+    path.write_text('{"xx": {"nowhere": "nenie"}}')
+    return CodeSwitching(CodeSwitchingConfig(dictionary=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("make", "responder"),
+    [
+        (no_words, Scripted()),
+        (lambda _: CodeSwitching(CodeSwitchingConfig(share=0.0)), Scripted()),
+        (lambda _: Obfuscation(ObfuscationConfig(strength=0.0)), Scripted()),
+        (lambda _: BestOfN(BestOfNConfig(queries=2, sigma=0.0, temperature=0.0)), Scripted()),
+        (lambda _: Loop([[Query(one, one, system="Be brief.") for one in REQUESTS]]), Deployed()),
+    ],
+    ids=["no word known", "share 0", "strength 0", "sigma 0, greedy", "the system message there is"],
+)
+def test_an_attack_that_changes_nothing_is_not_withstood(make, responder, tmp_path):
+    attack = make(tmp_path)
+    with pytest.raises(NoEffectError, match=f"Expected attack `{attack.name}` to change at least one request, but got"):
+        run(attack, responder, tmp_path / "t")
+    # What was asked before is not asked again, and changes nothing again.
+    with pytest.raises(NoEffectError, match="the attack changed nothing"):
+        run(make(tmp_path), type(responder)(stop_after=0), tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Direct(DirectConfig()),
+        BestOfN(BestOfNConfig(queries=2, sigma=0.0)),
+        Persona(PersonaConfig(names=["empty"])),
+        Prefill(PrefillConfig(tokens=[5], replies="opening")),
+    ],
+    ids=["plain on purpose", "sampled anew", "system message", "prefill"],
+)
+def test_what_is_plain_on_purpose_or_changes_more_than_the_text_has_an_effect(attack, tmp_path):
+    assert len(run(attack, Deployed(), tmp_path / "t").attempts) >= 4
+
+
+def test_the_share_of_queries_that_were_the_plain_request_is_told(tmp_path):
+    rounds = [[Query(one, one) for one in REQUESTS], [ask(f"{one.id}+2", one) for one in REQUESTS[:2]]]
+    found = run(Loop(rounds, budget=2), Scripted(), tmp_path / "t")
+    assert ["unchanged" in one.details for one in found.attempts] == [True] * 4 + [False] * 2
+    first, last = attack_points(found.attempts, budget=2, num_requests=4)
+    rate = last.metrics["unchanged_rate"]
+    assert (rate["numerator"], rate["denominator"], rate["num_groups"]) == (4, 6, 4)
+    assert "unchanged_rate" not in first.metrics
+
+
+def test_rates_over_replies_have_intervals_over_requests(tmp_path):
+    attack = BestOfN(BestOfNConfig(queries=40))
+    found = run(attack, Scripted(), tmp_path / "t", batch_size=200)
+    last = attack_points(found.attempts, budget=40, num_requests=4)[-1].metrics
+    for name in ("refusal_rate", "judge/rules/refusal_rate"):
+        rate = last[name]
+        assert (rate["numerator"], rate["denominator"], rate["num_groups"]) == (160, 160, 4)
+        assert (rate["low"], rate["high"]) == wilson_interval(4, 4)
+    degenerate = last["degenerate_rate"]
+    assert (degenerate["low"], degenerate["high"], degenerate["denominator"]) == (*wilson_interval(0, 4), 160)
+
+
+def said(request, number, **verdicts):
+    details = {"verdicts": verdicts, "refused": False}
+    return Attempt(number, request, f"{request}+{number}", "text", "reply", True, details=details)
+
+
+def test_every_judges_counts_are_those_of_the_panel():
+    rows = [
+        ("a", {"one": {"refused": 1.0}, "two": {"refused": 0.0}, "three": {"refused": 1.0}}),
+        ("a", {"one": {"refused": 1.0}, "two": {"harmful": 1.0}}),
+        ("b", {"one": {"refused": 0.0, "harmful": 0.0}, "two": {"harmful": 1.0}}),
+        ("b", {"three": {"refused": 0.0}, "org/two": {}}),
+    ]
+    attempts = [said(name, number, **verdicts) for number, (name, verdicts) in enumerate(rows, start=1)]
+    names = ("one", "two", "three", "org/two")
+    expected = verdict_rates({name: [Verdict(**row.get(name, {})) for _, row in rows] for name in names})
+    found = attack_points(attempts, budget=4, num_requests=2)[-1].metrics
+    assert {key for key in found if key.startswith("judge/")} == set(expected)
+    assert "judge/majority/refusal_rate" in expected
+    assert "judge/org/two/unknown" in expected
+    for key, rate in expected.items():
+        assert (found[key]["numerator"], found[key]["denominator"]) == (rate.numerator, rate.denominator), key
+        assert found[key]["num_groups"] <= 2

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.attacks import interface, target
+from experiments.attacks import suite as suite_module
 from experiments.attacks.attack_files import read_attack_file
 from experiments.attacks.attacked_models import utility_share
-from experiments.attacks.interface import AttackedModel, ModelAttack, Query, register_attack
+from experiments.attacks.interface import AttackedModel, ModelAttack, PromptAttack, Query, register_attack
+from experiments.attacks.prompt_run import run_prompt_attack
+from experiments.attacks.prompts.prefill import Prefill
 from experiments.attacks.registry import known_attacks
+from experiments.attacks.request_sets import find_requests
 from experiments.attacks.responder import LocalResponder, ReplySettings
-from experiments.attacks.runner import prepare_suite
+from experiments.attacks.runner import measured_with, prepare_suite
+from experiments.attacks.suite import load_suite
+from experiments.attacks.transcript import Transcript
 from experiments.cli import main
-from framework.errors import ConfigError, DataError, ModelError
-from framework.files import ArtifactStore, read_json
+from framework.errors import ConfigError, DataError, ModelError, StorageError
+from framework.evaluation.panel import create_panel
+from framework.files import ArtifactStore, fingerprint, read_json
 from framework.models import ModelSpec
 from tests.conftest import make_model, make_tokenizer
 from tests.experiments.attacks.scripted import ANSWER, REFUSAL, REQUESTS, Scripted
@@ -33,11 +40,15 @@ target: {system: "", accelerator: cpu, threads: 1}
 """
 
 
+ERRORS = {error.__name__: error for error in (DataError, RuntimeError, StorageError, KeyboardInterrupt)}
+
+
 @dataclass(frozen=True)
 class NudgeConfig:
     """Settings of the attack of these tests."""
 
     fail: bool = False
+    error: str = "DataError"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +68,7 @@ def nudge():
         def make(self, target, folder):
             yield AttackedModel(target.folder, 0, {"factor": 0.0})
             if self.config.fail:
-                raise DataError("Expected luck, but got none.")
+                raise ERRORS[self.config.error]("Expected luck, but got none.")
             model = make_model(seed=5)
             place = folder / "nudged"
             model.save_pretrained(place)
@@ -195,6 +206,77 @@ def test_attack_that_fails_is_named_and_the_others_go_on(here, tiny_folder, caps
     assert "nudge failed: Expected luck, but got none." in out
     results = read_json(next(Path("attacks").rglob("attack.json")))
     assert [one["name"] for one in results["outcomes"]] == ["direct"]
+
+
+def test_an_exception_that_nobody_meant_ends_its_attack_alone(here, tiny_folder, capsys):
+    suite = here("nudge: {fail: true, error: RuntimeError}, direct: {}")
+    code, out, err = call(capsys, tiny_folder, suite, "--verbose")
+    assert code == 1
+    assert "nudge failed: RuntimeError: Expected luck, but got none." in out
+    assert "Traceback (most recent call last)" in err
+    results = read_json(next(Path("attacks").rglob("attack.json")))
+    assert [one["name"] for one in results["outcomes"]] == ["direct"]
+    assert results["failed"] == [
+        {
+            "name": "nudge",
+            "attack": "nudge",
+            "type": "RuntimeError",
+            "error": "RuntimeError: Expected luck, but got none.",
+        }
+    ]
+    assert "Traceback" not in call(capsys, tiny_folder, suite)[2]
+
+
+@pytest.mark.parametrize(("error", "expected"), [("StorageError", 1), ("KeyboardInterrupt", 130)])
+def test_a_full_disk_and_ctrl_c_end_the_suite(error, expected, here, tiny_folder, capsys):
+    assert call(capsys, tiny_folder, here(f"nudge: {{fail: true, error: {error}}}, direct: {{}}"))[0] == expected
+    assert not list(Path("attacks").rglob("attack.json"))
+
+
+def test_an_attack_without_effect_fails_and_is_not_withstood(here, tiny_folder, capsys):
+    code, out, _ = call(capsys, tiny_folder, here("code_switching: {share: 0.0}, direct: {}"))
+    assert code == 1
+    assert "code_switching failed: Expected attack `code_switching` to change at least one request" in out
+    results = read_json(next(Path("attacks").rglob("attack.json")))
+    assert [one["name"] for one in results["outcomes"]] == ["direct"]
+
+
+def test_prompt_attacks_of_every_suite_that_comes_with_the_project_have_an_effect(tmp_path):
+    tried = 0
+    for path in sorted(Path(suite_module.__file__).parents[1].glob("configs/attack/*.yaml")):
+        config, attacks = load_suite(path.stem)
+        requests = find_requests(config).prompts[:4]
+        for named in attacks:
+            attack = named.attack
+            if not isinstance(attack, PromptAttack):
+                continue
+            if isinstance(attack, Prefill):  # there is no unaligned model to sample replies of
+                attack = Prefill(replace(attack.config, replies="opening"))
+            transcript = Transcript(tmp_path / path.stem / named.label, {})
+            settings = ReplySettings(8, batch_size=64)
+            judges = create_panel(["rules"])
+            found = run_prompt_attack(
+                attack, requests, Scripted(), settings=settings, judges=judges, transcript=transcript
+            )
+            changed = sum("unchanged" not in one.details for one in found.attempts)
+            assert (changed > 0) == (attack.name != "direct"), (path.stem, named.label)
+            tried += 1
+    assert tried > 40
+
+
+def test_requests_with_other_pictures_are_other_requests(here, tiny_folder, tmp_path):
+    stage = prepare_suite(str(tiny_folder), here("direct: {}")).stage
+    texts = stage.requests
+    found = []
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(bytes([number]))
+        pictures = [replace(one, image=tmp_path / f"{number}.png") for one in texts]
+        found.append(measured_with(replace(stage, requests=pictures))["requests"])
+    found.append(measured_with(stage)["requests"])
+    assert len(set(found)) == 3
+    # That of texts alone is what it always was, so that earlier results stay comparable.
+    assert found[2] == fingerprint(sorted((one.id, one.text) for one in texts))
+    assert found[2] == measured_with(replace(stage, requests=texts[::-1]))["requests"]
 
 
 def test_examples_are_redacted_unless_asked(here, tiny_folder, capsys, monkeypatch):

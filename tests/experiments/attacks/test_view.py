@@ -102,3 +102,10 @@ def test_examples_are_lengths_unless_texts_are_asked_for(results, tmp_path):
     assert text == "search r2 query 2: [query of 4 words redacted] -> [reply of 2 words redacted]\n"
     text = shown(lambda console: print_examples(results, 2, console, is_redacted=False))
     assert text.count("four words are sent -> two words") == 2
+
+
+def test_some_queries_that_were_the_plain_request_are_told(results):
+    metrics = results["outcomes"][0]["points"][-1]["metrics"]
+    for plain, is_told in ((0, False), (5, True), (20, False)):
+        metrics["unchanged_rate"] = to_plain(Rate.of("unchanged_rate", plain, 20))
+        assert ("search: 5/20 queries were the plain request." in suite_markdown(results)) == is_told

@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from experiments.attacks.interface import AttackPoint
-from experiments.attacks.worst_case import paired_attacks, worst_case
-from experiments.statistics import mcnemar_exact, wilson_interval
-from framework.errors import DataError
+from experiments.attacks.worst_case import worst_case
+from experiments.statistics import wilson_interval
+from framework.errors import ConfigError, DataError
 from tests.experiments.attacks.made_up_outcomes import outcome, point, prompt_outcome
 
 WEAK = outcome("quantise", [point([0, 1])])
@@ -95,66 +93,12 @@ def test_the_interval_of_the_maximum_covers_it_where_the_leading_attacks_own_doe
     assert own_covered / rounds < 0.85
 
 
-def test_twins_are_compared_request_by_request():
-    before = outcome("direct", [point(range(8))])
-    after = outcome("direct", [point([0])])
-    (found,) = paired_attacks([after], [before])
-    assert (found.only_undefended, found.only_defended, found.num_requests) == (7, 0, 10)
-    assert found.difference == pytest.approx(-0.7)
-    assert found.p_value == found.p_holm == pytest.approx(2 / 2**7)
-    assert found.p_value == mcnemar_exact([1] * 8 + [0] * 2, [1] + [0] * 9).p_value
-    assert -1 <= found.low < -0.7 < found.high < 0
-
-
-def test_p_values_are_corrected_over_all_attacks():
-    before = [outcome(name, [point(range(8))]) for name in ("a", "b", "c")]
-    after = [outcome("a", [point([0])]), outcome("b", [point(range(5))]), outcome("d", [point([0])])]
-    found = paired_attacks(after, before)
-    assert [one.point.name for one in found] == ["a", "b"]
-    assert found[0].p_holm == pytest.approx(2 * found[0].p_value)
-    assert found[1].p_holm == found[1].p_value == 0.25
-
-
-def test_settings_are_matched_and_the_last_step_of_each_is_compared():
-    def tuned(*broken):
-        rows = [(rate, steps) for rate in (1e-4, 1e-3) for steps in (10, 20)]
-        return outcome(
-            "harmful",
-            [point(own, spent=steps, rate=rate) for own, (rate, steps) in zip(broken, rows, strict=True)],
-            unit="steps",
-        )
-
-    found = paired_attacks([tuned([], [1], [], [2])], [tuned([1], [1, 3], [1], range(9))])
-    assert [str(one.point) for one in found] == [
-        "harmful (rate 0.0001) at 20 steps",
-        "harmful (rate 0.001) at 20 steps",
-    ]
-    assert [one.only_undefended for one in found] == [1, 8]
-
-
-def test_settings_that_were_searched_for_may_differ():
-    found = paired_attacks([outcome("search", [point([0], rate=1.0)])], [outcome("search", [point([1], rate=2.0)])])
-    assert [(one.only_undefended, one.only_defended) for one in found] == [(1, 1)]
-
-
-def test_only_shared_requests_are_compared():
-    (found,) = paired_attacks(
-        [outcome("direct", [point({"a": True, "b": False})])], [outcome("direct", [point({"b": True, "c": True})])]
-    )
-    assert (found.num_requests, found.undefended.numerator, found.point.rate.numerator) == (1, 1, 0)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: worst_case([]), "at least one attack within the limits"),
         (lambda: worst_case([WEAK], limits={"edits": -1}), "at least one attack within the limits"),
         (lambda: worst_case([outcome("x", [AttackPoint(0, {})])]), "say which requests were broken"),
-        (lambda: paired_attacks([WEAK], [STRONG]), "attack, setting and request in common"),
-        (
-            lambda: paired_attacks([outcome("a", [point({"x": True})])], [outcome("a", [point({"y": True})])]),
-            "attack, setting and request in common",
-        ),
     ],
 )
 def test_nothing_to_go_by_is_refused(make, message):
@@ -166,10 +110,7 @@ def test_attacks_that_failed_are_told_with_the_worst_case():
     assert str(worst_case([WEAK], num_failed=2)).endswith("; attacks that failed and are not in it: 2")
 
 
-def test_attacks_of_one_name_must_have_the_same_settings():
-    ours, theirs = outcome("harmful", [point([0])]), outcome("harmful", [point([1])])
-    with pytest.raises(DataError, match="the same settings on both models, but got steps 10 and 20"):
-        paired_attacks([replace(ours, settings={"steps": 10})], [replace(theirs, settings={"steps": 20})])
-    with pytest.raises(DataError, match="to be the same attack on both models, but got `harmful` and `other`"):
-        paired_attacks([ours], [replace(theirs, attack="other")])
-    assert paired_attacks([replace(ours, settings={"search": {}})], [replace(theirs, settings={"steps": 20})])
+@pytest.mark.parametrize("floor", [90, -0.1, float("nan"), float("inf")])
+def test_a_floor_that_is_no_share_is_refused(floor):
+    with pytest.raises(ConfigError, match=f"Expected `floor` to be a share between 0 and 1, but got {floor!r}. Write"):
+        worst_case([WEAK, STRONG], floor=floor)

@@ -75,6 +75,66 @@ def test_entry_that_is_no_file_of_the_bundle_is_refused_before_it_is_written(mad
     assert not (tmp_path / "out.txt").exists()
 
 
+def sparse_member(pax: dict[str, str], kind: bytes = tarfile.REGTYPE, data: bytes = b"ab") -> bytes:
+    """One entry as `tar --sparse` writes it; tarfile writes none itself."""
+    made = tarfile.TarInfo("a.txt")
+    made.type, made.size, made.pax_headers = kind, len(data), pax
+    block = bytearray(made.tobuf(tarfile.PAX_FORMAT))
+    if kind == tarfile.GNUTYPE_SPARSE:  # one piece of 2 bytes at the end of a file of 1 MiB
+        block[386:410] = b"%011o\0%011o\0" % (2**20 - 2, 2)
+        block[483:495] = b"%011o\0" % 2**20
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block[:512])
+    return bytes(block) + data.ljust(-len(data) // 512 * -512, b"\0") + b"\0" * 1024
+
+
+SPARSE = {
+    "old": sparse_member({}, tarfile.GNUTYPE_SPARSE),
+    "0.1": sparse_member({"GNU.sparse.map": f"{2**20 - 2},2", "GNU.sparse.size": str(2**20)}),
+    "1.0": sparse_member(
+        {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": "a.txt",
+            "GNU.sparse.realsize": "1048576",
+        },
+        data=b"1\n1048574\n2\n".ljust(512, b"\0") + b"ab",
+    ),
+    "contiguous": sparse_member({}, tarfile.CONTTYPE),
+}
+
+
+@pytest.mark.parametrize("kind", list(SPARSE))
+def test_sparse_entry_that_would_fill_the_disk_is_refused_before_it_is_written(kind, tmp_path):
+    archive, folder = tmp_path / "x.tar", tmp_path / "out"
+    folder.mkdir()
+    archive.write_bytes(SPARSE[kind])
+    with tarfile.open(archive, "r:") as tar:
+        assert next(iter(tar)).isreg()  # what the standard library says of it
+    problems = unpack(archive, folder)
+    assert "is no plain file" in problems[0].detail
+    assert list(folder.iterdir()) == []
+
+
+def test_archive_that_says_to_hold_more_bytes_than_it_has_is_refused_before_they_are_written(tmp_path):
+    archive, folder = tmp_path / "x.tar", tmp_path / "out"
+    folder.mkdir()
+    made = tarfile.TarInfo("a.txt")
+    made.size = 2**30
+    archive.write_bytes(made.tobuf(tarfile.PAX_FORMAT) + b"\0" * 2048)
+    assert "'a.txt' holds more bytes than the archive" in unpack(archive, folder)[0].detail
+    assert list(folder.iterdir()) == []
+
+
+def test_entry_far_down_makes_no_folders(tmp_path):
+    archive, folder = tmp_path / "x.tar", tmp_path / "out"
+    folder.mkdir()
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(entry("a/" * 100 + "b"), io.BytesIO(b"ab"))
+    assert "lies in too many folders" in unpack(archive, folder)[0].detail
+    assert list(folder.iterdir()) == []
+
+
 def test_file_that_stands_twice_is_refused(tmp_path):
     archive = tmp_path / "x.tar"
     (tmp_path / "out").mkdir()

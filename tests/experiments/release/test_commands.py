@@ -10,7 +10,7 @@ import yaml
 from experiments.cli import main
 from experiments.release.bundle import ReleaseOptions, release_run
 from experiments.release.verify import VerifyOptions, verify_bundle
-from framework.errors import ConfigError
+from framework.errors import ConfigError, DataError
 from framework.files import read_json, write_json
 from tests.experiments.release.conftest import NOW, read_lines
 
@@ -74,6 +74,27 @@ def test_prefilling_attack_stands_in_the_card_and_its_openings_stay_here(finishe
     release_run(run, ReleaseOptions(output=tmp_path / "b", key=key_file, full_replies=True), now=NOW)
     assert read_lines(tmp_path / "b")[-1]["prefill"] == OPENING
     assert verify_bundle(tmp_path / "b", VerifyOptions(prompts=17), now=NOW).rerun.num_exact == 16
+
+
+def test_replies_to_pictures_are_counted_and_never_made_again(finished_run, key_file, copy_of, tmp_path, capsys):
+    run, bundle = copy_of(finished_run), tmp_path / "a"
+    lines = [line | {"image": "/data/secret/x.png"} if n < 2 else line for n, line in enumerate(read_lines(run))]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main(["release", str(run), "--key", str(key_file), "--output", str(bundle)]) == 0
+    assert "2 replies were made with pictures" in capsys.readouterr().out
+    assert [line.get("image") for line in read_lines(bundle)] == ["x.png"] * 2 + [None] * 14
+    assert read_json(bundle / "release.json")["num_with_image"] == 2
+    assert "**Not verifiable:** 2 replies were made with pictures" in (bundle / "README.md").read_text()
+    found = verify_bundle(bundle, VerifyOptions(prompts=14), now=NOW)
+    assert found.is_good, found.problems
+    assert (found.rerun.num_exact, found.rerun.num_with_image) == (14, 2)
+    assert found.unchecked[-1].startswith("2 of 16 replies were made with pictures")
+    with pytest.raises(ConfigError, match="Expected `--prompts` to be between 0 and 14, but got 15"):
+        verify_bundle(bundle, VerifyOptions(prompts=15), now=NOW)
+    lines = [line | {"image": "/data/secret/x.png"} for line in lines]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(DataError, match="but got none without a forced opening or a picture"):
+        release_run(run, ReleaseOptions(output=tmp_path / "b", key=key_file), now=NOW)
 
 
 def test_replies_to_a_task_are_made_with_the_tasks_own_limit(finished_run, key_file, copy_of, tmp_path):

@@ -1,4 +1,4 @@
-"""Numbers without some prompts, attacks from files, names that stay here, hashes of replies, and the card."""
+"""Numbers without some prompts, names that stay here, hashes of replies, and the card."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import json
 import pytest
 
 from experiments.measured_runs import read_samples
-from experiments.release.facts import metrics_without, read_attacks
+from experiments.release.facts import metrics_without
 from experiments.release.finished_run import read_finished_run
-from experiments.release.model_card import model_card
 from experiments.release.names import short_names, without_paths
 from experiments.release.overlap import Overlap, TrainingPrompts, find_overlap, training_prompts
 from experiments.release.samples import agreement, bundle_sample, exact_hash, prefix_hashes, select_samples
 from framework.errors import DataError
-from framework.files import read_json, write_json
-
-RATE = {"value": 0.5, "numerator": 2, "denominator": 4, "low": 0.15, "high": 0.85}
+from framework.files import read_json
 
 
 def test_rates_computed_again_are_the_recorded_ones_when_nothing_is_left_out(finished_run):
@@ -25,42 +22,6 @@ def test_rates_computed_again_are_the_recorded_ones_when_nothing_is_left_out(fin
     assert metrics_without(metrics, samples) == metrics
     with pytest.raises(DataError, match="Expected prompts that are not in the training data, but got none"):
         metrics_without(metrics, [])
-
-
-def test_attacks_are_read_without_their_transcripts_and_stand_in_the_card(tmp_path, model_bundle):
-    path = tmp_path / "attacks.json"
-    attack = {
-        "name": "harmful_lora",
-        "budget": {"steps": 50},
-        "metrics": {"attack_success": RATE},
-        "transcript": ["bad"],
-    }
-    write_json(path, {"attacks": [attack]})
-    found = read_attacks(path)
-    assert found == [{"name": "harmful_lora", "budget": {"steps": 50}, "cost": {}, "metrics": {"attack_success": RATE}}]
-    facts = read_json(model_bundle / "release.json")
-    assert "No attack was tried on this model" in model_card(facts)
-    card = model_card(facts | {"attacks": found})
-    assert "No attack was tried" not in card
-    assert "| harmful_lora | steps 50 |  | attack_success | 50.0 % (2/4; 15.0" in card
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"attacks": []}, "to list attacks, but got none"),
-        ({}, "to list attacks, but got none"),
-        ([{"budget": {}}], "to have a name"),
-        ([{"name": "x", "metrics": {"attack_success": {"value": 0.1}}}], "to have counts and bounds"),
-    ],
-)
-def test_file_of_attacks_without_what_a_card_needs_is_refused(value, message, tmp_path):
-    write_json(tmp_path / "a.json", value)
-    with pytest.raises(DataError, match=message):
-        read_attacks(tmp_path / "a.json")
-    (tmp_path / "b.json").write_text("{")
-    with pytest.raises(DataError, match="to be a JSON file of attacks"):
-        read_attacks(tmp_path / "b.json")
 
 
 def test_card_says_what_a_reader_needs(model_bundle):

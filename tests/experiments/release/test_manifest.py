@@ -124,6 +124,41 @@ def test_folder_with_links_or_nothing_makes_no_manifest(folder, tmp_path):
         make_manifest(tmp_path / "empty", name="x", created=NOW, expires=None)
 
 
+def shut(monkeypatch, owner, name, place):
+    """Let a folder refuse ``name`` as it does for others than root, whom nothing is refused."""
+    whole = getattr(owner, name)
+
+    def refuse(path):
+        if str(path) == str(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(owner, name, refuse)
+
+
+def test_folder_that_cannot_be_listed_is_a_problem_and_hides_nothing(folder, monkeypatch):
+    manifest = parse_manifest(make_manifest(folder, name="x", created=NOW, expires=None))
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "more.py").write_bytes(b"")
+    shut(monkeypatch, manifest_module.os, "scandir", folder / "hidden")
+    details = [problem.detail for problem in compare_files(folder, manifest)]
+    assert details == ["'hidden' cannot be read: Permission denied."]
+    with pytest.raises(DataError, match="'hidden' cannot be read"):
+        make_manifest(folder, name="x", created=NOW, expires=None)
+
+
+def test_root_that_cannot_be_listed_is_a_problem(folder, monkeypatch):
+    shut(monkeypatch, manifest_module.os, "scandir", folder)
+    assert [problem.detail for problem in list_files(folder)[1]] == ["'.' cannot be read: Permission denied."]
+
+
+def test_file_of_a_folder_that_cannot_be_entered_is_a_problem(folder, monkeypatch):
+    shut(monkeypatch, manifest_module.Path, "lstat", folder / "a.txt")
+    paths, problems = list_files(folder)
+    assert paths == ["model/w.safetensors"]
+    assert [problem.detail for problem in problems] == ["'a.txt' cannot be read: Permission denied."]
+
+
 def test_every_difference_of_the_files_is_named(folder, monkeypatch):
     manifest = parse_manifest(make_manifest(folder, name="x", created=NOW, expires=None))
     (folder / "a.txt").write_bytes(b"abd")

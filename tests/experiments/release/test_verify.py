@@ -180,6 +180,15 @@ def test_signed_bundle_that_does_not_say_how_it_replied_is_bad(model_bundle, key
     assert "Expected the bundle to say how its replies were made" in found.problems[0].detail
 
 
+def test_signed_bundle_in_which_every_prompt_has_a_picture_is_bad(model_bundle, key_file, copy_of):
+    bundle = copy_of(model_bundle)
+    lines = [line | {"image": "x.png"} for line in read_lines(bundle)]
+    (bundle / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    resign(bundle, key_file)
+    found = verify_bundle(bundle, VerifyOptions(), now=NOW)
+    assert "no reply without a picture" in found.problems[0].detail
+
+
 def rewrite_facts(bundle, **changes):
     write_json(bundle / "release.json", read_json(bundle / "release.json") | changes)
 
@@ -211,6 +220,21 @@ def test_claim_that_the_bundles_verdicts_do_not_give_is_bad(model_bundle, key_fi
     assert details[0].startswith("The bundle claims ")
     assert any("claims attack_success" in text and "/10, but its verdicts give" in text for text in details)
     assert any("claims prompts.jsonl/refusal_rate" in text for text in details)
+
+
+def test_claim_whose_value_or_bounds_contradict_its_own_counts_is_bad(model_bundle, key_file, copy_of):
+    bundle = copy_of(model_bundle)
+    metrics = read_json(bundle / "release.json")["metrics"]
+    metrics["attack_success"]["value"] = 0.5
+    metrics["prompts.jsonl/refusal_rate"]["high"] = 1.0
+    rewrite_facts(bundle, metrics=metrics)
+    resign(bundle, key_file)
+    problems = verify_bundle(bundle, VerifyOptions(prompts=1, seed=0), now=NOW).problems
+    assert {problem.part for problem in problems} == {"replies"}
+    assert sorted(problem.detail.split(" has the ")[0] for problem in problems) == [
+        "The claimed attack_success",
+        "The claimed prompts.jsonl/refusal_rate",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -284,10 +308,17 @@ def test_command_returns_zero_one_and_two_and_prints_what_it_found(
     shown = capsys.readouterr().out
     for text in ("signature", "the key given", "2/2 the same (needed 50%)", "rules refused", "none missing"):
         assert text in shown
+    assert "Nothing in the bundle decides these numbers, its signer states them: keyword_attack_success" in shown
+    assert ", refusal_margin" in shown
+    assert "NOT ALL CHECKED" not in shown
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["is_good"]
     assert found["rerun"]["num_exact"] == 2
+    assert found["left_out"] == []
+    assert "refusal_margin" in found["rerun"]["unchecked_claims"]
+    assert "attack_success" not in found["rerun"]["unchecked_claims"]
+    assert len(found["unchecked"]) == 1
     (bundle / "config.yaml").unlink()
     assert main([*arguments, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
