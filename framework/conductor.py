@@ -67,7 +67,7 @@ def conduct_setup(trainer: pl.Trainer, module: pl.LightningModule, caller: Metho
 
 
 def check_order(callbacks: Sequence[pl.Callback]) -> None:
-    """Check names, planned order, writers last, and that shared non-commuting points have a declared order.
+    """Check names, planned order, writers last, a declared order where it matters, and one factor of the task loss.
 
     Raises:
         WiringError: says which callbacks are concerned and how to put it right.
@@ -93,6 +93,20 @@ def check_order(callbacks: Sequence[pl.Callback]) -> None:
                 f"`order: [{', '.join(sharing)}]`."
             )
     _check_edit_places([method for method in methods if "edit_weights" in method.points])
+    _check_task_loss(methods)
+
+
+def _check_task_loss(methods: Sequence[Method]) -> None:
+    """Refuse two methods that change the factor of the task loss: each takes from the one that is there without it."""
+    settings = {method.name: method.task_loss_setting for method in methods}
+    found = {name: setting for name, setting in settings.items() if setting is not None}
+    if len(found) > 1:
+        remedies = ", ".join(f"`{setting}` for `{name}`" for name, setting in found.items())
+        raise WiringError(
+            "Expected at most one method of a stage to change the factor of the loss of the stage's own rows, but got "
+            f"{' and '.join(f'`{name}`' for name in found)}: each takes its share from the whole loss, and together "
+            f"they could train against these rows. Leave it as it is with all but one of them: {remedies}."
+        )
 
 
 def _check_edit_places(editors: Sequence[Method]) -> None:

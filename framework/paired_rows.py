@@ -78,12 +78,12 @@ def read_paired_rows(datamodule: Any, kind: str, source: str, *, count: int | No
         datamodule: the stage's; it finds the source, and its ``max_length`` and ``overflow`` hold here too.
         kind: what the rows are: safety, benign or harmful.
         source: a name of the catalogue, or a file.
-        count: rows taken, drawn by the stage's seed; None takes all.
+        count: rows taken, drawn by the stage's seed from those that are short enough; None takes all of these.
         method: who asks, for messages.
 
     Raises:
         WiringError: there is no data module.
-        DataError: fewer rows than ``count``, a row that is too long, or none that is short enough.
+        DataError: fewer rows than ``count`` that are short enough, or a row that is too long.
     """
     if datamodule is None:
         raise WiringError(f"Method `{method}` needs the stage's data module to read `{source}`, but got none.")
@@ -94,25 +94,36 @@ def read_paired_rows(datamodule: Any, kind: str, source: str, *, count: int | No
             "`count`, or name a larger set."
         )
     random.Random(f"rows {datamodule.seed} {source}").shuffle(examples)
-    encoded = encode_within(datamodule, examples[:count], source=source)
+    encoded = encode_within(datamodule, examples, source=source, count=count)
+    if count is not None and len(encoded) < count:
+        raise DataError(
+            f"Expected `{source}` to have at least {count} {kind} rows of at most {datamodule.max_length} tokens for "
+            f"`{method}`, but got {len(encoded)} of {len(examples)}. Lower `count`, raise `max_length`, or set "
+            "`overflow` to truncate_left."
+        )
     pad_id = datamodule.encoder.tokenizer.pad_token_id
     return PairedRows(encoded, name=f"{kind} {source}", pad_id=pad_id, seed=datamodule.seed)
 
 
-def encode_within(datamodule: Any, examples: Sequence[Example], *, source: str) -> list[EncodedExample]:
+def encode_within(
+    datamodule: Any, examples: Sequence[Example], *, source: str, count: int | None = None
+) -> list[EncodedExample]:
     """Return rows encoded as the stage encodes its own: within its ``max_length``, by its ``overflow``.
 
     Args:
         datamodule: the stage's.
         examples: the rows.
         source: where they come from, for messages.
+        count: rows returned at most, the first that fit; None: all of these.
 
     Raises:
         DataError: a row is too long, or none is short enough.
     """
     longest, cut = datamodule.max_length, datamodule.overflow
-    encoded = []
+    encoded: list[EncodedExample] = []
     for example in examples:
+        if len(encoded) == count:
+            break
         row = datamodule.encoder.encode_example(example, max_length=longest if cut == "truncate_left" else None)
         if len(row.input_ids) <= longest:
             encoded.append(row)

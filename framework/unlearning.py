@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +12,7 @@ from torch import nn
 
 from framework.batch import Batch
 from framework.composition import StepContext, is_check_step
-from framework.errors import WiringError
+from framework.errors import NoEffectError, WiringError
 from framework.method import Method, MethodStore
 from framework.module import TokenOutputs, forward_reply_tokens
 from framework.paired_rows import PairedRows, read_paired_rows, row_means
@@ -56,6 +56,7 @@ class Unlearning(Method):
         self._forget: PairedRows | None = None
         self._retain: PairedRows | None = None
         """Rows of a named retain source; None where the stage's are retained."""
+        self._acting: torch.Tensor | None = None
 
     def prepare(self, model: nn.Module, datamodule: Any, store: MethodStore) -> None:
         """Read the rows; at strength 0 there are none to read."""
@@ -63,15 +64,41 @@ class Unlearning(Method):
             return
         given = self.config
         self._forget = read_paired_rows(datamodule, "harmful", given.source, count=given.count, method=self.name)
+        self.effects["forget_rows"] = len(self._forget.encoded)
         retain = getattr(given, "retain", STAGE)
         if retain != STAGE:
             self._retain = read_paired_rows(datamodule, "benign", retain, count=None, method=self.name)
+            self.effects["retain_rows"] = len(self._retain.encoded)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a run that was not prepared before its first step, which is where rows are first needed."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.weight:
             self._forget_rows()
+
+    @property
+    def task_loss_setting(self) -> str | None:
+        """The factor of the stage's own loss, ``task_weight`` or ``alpha`` of what is retained, where it is not 1."""
+        name = "task_weight" if hasattr(self.config, "task_weight") else "alpha"
+        is_other = name == "alpha" and getattr(self.config, "retain", STAGE) != STAGE
+        is_kept = self.weight == 0.0 or is_other or getattr(self.config, name, 1.0) == 1.0
+        return None if is_kept else f"{name}: 1"
+
+    def note_term(self, value: torch.Tensor) -> None:
+        """Remember the part that unlearns: a task loss that is taken away is no effect of what the method is for."""
+        super().note_term(value if self._acting is None else self.weight * self._acting)
+
+    def require_effect(self) -> None:
+        """Raise when nothing was unlearnt, whatever became of the task loss.
+
+        Raises:
+            NoEffectError: as of every method.
+        """
+        try:
+            super().require_effect()
+        except NoEffectError as error:
+            text = "What it changes the loss of the stage's own rows by does not count."
+            raise NoEffectError(f"{error} {text}") from None
 
     def _forget_rows(self) -> PairedRows:
         if self._forget is None:
@@ -84,6 +111,19 @@ class Unlearning(Method):
     def _shows(self, ctx: StepContext) -> bool:
         """Return whether values are reported in this step: reading one waits for the device."""
         return is_check_step(ctx.module.trainer, ctx.outputs.nll.device)
+
+    def _joined(
+        self, unlearning: torch.Tensor, others: Sequence[torch.Tensor], *, acting: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the sum of all parts of the term, and keep the one that counts as the method's effect.
+
+        Args:
+            unlearning: the part that unlearns.
+            others: what retaining adds, and what the task loss is changed by.
+            acting: the part that unlearns without what has no gradient; None where all of it has one.
+        """
+        self._acting = (unlearning if acting is None else acting).detach()
+        return torch.stack([unlearning, *others]).sum()
 
     def _task_parts(self, ctx: StepContext, factor: float) -> list[torch.Tensor]:
         """Return what turns the task loss into ``factor`` times itself: nothing for 1."""

@@ -252,12 +252,13 @@ class Booster(Method):
         for start in range(0, len(mine), step):
             rows = [self._rows[row] for row in mine[start : start + step]]
             batch = collate(rows, example_ids=range(len(rows)), pad_id=0, step_reply_tokens=tokens).to(device)
-            loss = forward_reply_tokens(ctx.model, batch).nll.sum() / tokens
+            # In half precision gradients of the mean fall below the smallest number; those of the sum do not.
+            loss = forward_reply_tokens(ctx.model, batch).nll.sum()
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            total = total + loss.detach()
+            total = total + loss.detach() / tokens
             for gradient, part in zip(gradients, found, strict=True):
                 if part is not None:
-                    gradient += part
+                    gradient += part / tokens
         return _Harm(*_summed(trainer, total, gradients))
 
 

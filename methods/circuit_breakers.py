@@ -18,7 +18,8 @@ Cost: four more forward passes a step, two of them with gradients, no head; thos
 target layer. No second model in memory with ``reference: live``, one with ``copy``.
 
 Does not compose with: strategies that cut the weights; ``live`` with full fine-tuning and with methods that train
-something outside the adapter.
+something outside the adapter; with ``task_weight`` other than 1 another method that changes the factor of the task
+loss.
 
 Limits: where training starts at the reference itself, as a fresh adapter does, every cosine is 1 and its gradient is
 rounding; the first steps go where rounding points, and only then does the loss take hold. A ``task_weight`` above 0
@@ -230,15 +231,15 @@ class CircuitBreakers(Unlearning):
         states, start = self._both(ctx, batch, self._layers)
         with torch.autocast(ctx.outputs.nll.device.type, enabled=False):
             reroute = reroute_loss(states, start, batch.attention_mask)
-            parts = [strengths.reroute * reroute]
             if self._shows(ctx):
                 self.report("forget_loss", reroute)
                 cosines = token_cosines(states, start, batch.attention_mask)
                 self.report("cosine", torch.cat(cosines).detach().mean())
                 self.report("retain_strength", strengths.retain)
+        others = self._task_parts(ctx, given.task_weight)
         if strengths.retain:
-            parts.append(strengths.retain * self._retain_loss(ctx))
-        return torch.stack([*parts, *self._task_parts(ctx, given.task_weight)]).sum()
+            others.append(strengths.retain * self._retain_loss(ctx))
+        return self._joined(strengths.reroute * reroute, others)
 
     def _retain_loss(self, ctx: StepContext) -> torch.Tensor:
         batch = ctx.batch if self._retain is None else self._retain.batch(ctx.step, ctx.batch)

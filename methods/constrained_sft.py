@@ -18,7 +18,7 @@ Cost: one forward pass over the rows before training; 4 bytes a reply token on d
 ``reference: live`` a forward pass a step instead.
 
 Does not compose with: strategies that cut the weights; ``live`` with full fine-tuning and with methods that train
-something outside the adapter.
+something outside the adapter; a method that changes the factor of the task loss too.
 
 Defaults: all from the reference code.
 """
@@ -149,6 +149,11 @@ class ConstrainedSFT(Method):
         """Keep the settings; references come with ``prepare``."""
         super().__init__(config)
         self._references: ReferenceRows | None = None
+
+    @property
+    def task_loss_setting(self) -> str | None:
+        """The strength at which the task loss stays whole."""
+        return "weight: 0" if self.weight else None
 
     def prepare(self, model: nn.Module, datamodule: Any, store: MethodStore) -> None:
         """Read the starting model's log-probability of every reply token."""

@@ -17,7 +17,8 @@ row for each forget row.
 
 Cost: one more forward and backward pass a step, over as many rows as the step has; two with a named retain source.
 
-Does not compose with: strategies that cut the weights.
+Does not compose with: strategies that cut the weights; where the stage's rows are retained with ``alpha`` other than
+1, another method that changes the factor of the task loss.
 
 Defaults: ``gamma`` and ``alpha`` 1, those of the code; the loss has no least value there either.
 """
@@ -76,4 +77,4 @@ class GradDiff(Unlearning):
         forget = mean_row_loss(outputs.nll, outputs.rows, num_rows=batch.input_ids.shape[0])
         if self._shows(ctx):
             self.report("forget_loss", forget)
-        return torch.stack([-self.config.gamma * forget, *self._retain_parts(ctx, self.config.alpha)]).sum()
+        return self._joined(-self.config.gamma * forget, self._retain_parts(ctx, self.config.alpha))

@@ -17,7 +17,7 @@ least value, so that without them the model is destroyed sooner or later.
 Cost: one more forward and backward pass a step, over as many rows as the step has.
 
 Does not compose with: strategies that cut the weights; with ``task_weight`` 0 whatever is to be learnt from the
-stage's rows.
+stage's rows; with ``task_weight`` other than 1 another method that changes the factor of the task loss.
 
 Defaults: ``weight`` 1, ``task_weight`` 0 and no ``bound``, the published loss. A useful bound is some nats, at most
 the logarithm of the vocabulary's size.
@@ -74,7 +74,13 @@ class GradientAscent(Unlearning):
         """Return the negated loss of the forget rows, less the part of the task loss that is not kept."""
         batch, outputs = paired_outputs(ctx, self._forget_rows())
         num_rows = batch.input_ids.shape[0]
-        loss = mean_row_loss(outputs.nll, outputs.rows, num_rows=num_rows, bound=self.config.bound)
+        bound = self.config.bound
+        loss = mean_row_loss(outputs.nll, outputs.rows, num_rows=num_rows, bound=bound)
+        counting = outputs.nll.detach()
+        if bound is not None:
+            # A token above the bound adds the bound to the loss, but no gradient.
+            counting = counting.where(counting <= bound, torch.zeros_like(counting))
+        acting = mean_row_loss(counting, outputs.rows, num_rows=num_rows)
         if self._shows(ctx):
             self.report("forget_loss", mean_row_loss(outputs.nll.detach(), outputs.rows, num_rows=num_rows))
-        return torch.stack([-loss, *self._task_parts(ctx, self.config.task_weight)]).sum()
+        return self._joined(-loss, self._task_parts(ctx, self.config.task_weight), acting=acting)

@@ -6,7 +6,8 @@ the weights at the last switch, that is where the other state ended. The term is
 the steps.
 
 Points: ``configure_data`` (the alignment rows; the order of all rows), ``loss_term``. Also overrides
-``on_train_start``, because which rows a step takes can only be said to the loader in use, which exists from there on.
+``on_train_start``, because which rows a step takes can only be said to the loader in use, which exists from there on,
+and ``weights_restored``: where a guard puts earlier weights back, they are ``w_switch`` until the next switch.
 
 Reference: Lisa, Huang et al., NeurIPS 2024, arXiv:2405.18641, algorithm 1; code git-disl/Lisa@2e9c24c, Apache-2.0
 (read only, re-derived).
@@ -33,6 +34,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from framework.composition import StepContext
 from framework.errors import ConfigError, WiringError
@@ -176,9 +178,9 @@ class Lisa(Method):
         given = self.config
         if given.alignment_steps == 0:
             return
-        if datamodule.total_steps < given.alignment_steps:
+        if datamodule.total_steps <= given.alignment_steps:
             raise WiringError(
-                f"Method `lisa` needs a run longer than its first state: expected `alignment_steps` to be at most the "
+                f"Method `lisa` needs a run longer than its first state: expected `alignment_steps` to be below the "
                 f"{datamodule.total_steps} steps of the run, but got {given.alignment_steps}. Lower it; the published "
                 "ratio to `task_steps` is 1 to 9."
             )
@@ -215,7 +217,7 @@ class Lisa(Method):
         """Return half the squared distance from the last switch, in float32; None in the first steps of the run."""
         if self.config.alignment_steps == 0:
             return None
-        weights = {clean_name(name): p for name, p in ctx.model.named_parameters() if p.requires_grad}
+        weights = _trained(ctx.model)
         start = block_start(ctx.step, **self._turns)
         if start != self._anchored_at:
             self._switch(weights, start)
@@ -227,6 +229,12 @@ class Lisa(Method):
         self._anchor = {name: kept.to(device) for name, kept in self._anchor.items()}
         with torch.autocast(device.type, enabled=False):
             return half_square_distance(weights, self._anchor)
+
+    def weights_restored(self, model: nn.Module) -> None:
+        """Hold the rest of the state near the weights that were put back: the anchor may be what was rejected."""
+        if self._anchor:
+            self._anchor = {name: weight.detach().clone() for name, weight in _trained(model).items()}
+            self.count("anchors_restored")
 
     def _switch(self, weights: Mapping[str, torch.Tensor], step: int) -> None:
         """Take the weights as the anchor of the state that begins with ``step``."""
@@ -248,6 +256,10 @@ class Lisa(Method):
         super().load_state_dict(state_dict)
         self._anchor = dict(state_dict["anchor"])
         self._anchored_at = int(state_dict["anchored_at"])
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _passes(rows: Sequence[int], *, seed: str) -> Iterator[int]:

@@ -17,7 +17,8 @@ Cost: one more forward and backward pass a step, two with a named retain source;
 before training and 4 bytes a reply token on disk. With ``reference: live`` a forward pass a step instead.
 
 Does not compose with: strategies that cut the weights; ``live`` with full fine-tuning and with methods that train
-something outside the adapter.
+something outside the adapter; where the stage's rows are retained with ``alpha`` other than 1, another method that
+changes the factor of the task loss.
 
 Defaults: ``beta`` 0.1 of the paper; ``gamma`` and ``alpha`` 1 of the code.
 """
@@ -161,7 +162,7 @@ class NPO(Unlearning):
             self.report("npo_loss", loss)
             self.report("log_ratio", (reference - nll.detach()).mean())
             self.report("forget_loss", mean_row_loss(outputs.nll.detach(), outputs.rows, num_rows=num_rows))
-        return torch.stack([self.config.gamma * loss, *self._retain_parts(ctx, self.config.alpha)]).sum()
+        return self._joined(self.config.gamma * loss, self._retain_parts(ctx, self.config.alpha))
 
     def _reference_nll(self, ctx: StepContext, batch: Batch, outputs: TokenOutputs) -> torch.Tensor:
         if self._references is not None:

@@ -18,7 +18,8 @@ Cost: two more forward passes a step up to the layer, with gradients, and one ov
 4 d bytes a reply token of theirs on disk. With ``reference: live`` a forward pass a step instead.
 
 Does not compose with: strategies that cut the weights; ``live`` with full fine-tuning and with methods that train
-something outside the adapter; whatever is to be learnt above the layer, which is frozen.
+something outside the adapter; whatever is to be learnt above the layer, which is frozen; with ``task_weight`` other
+than 1 another method that changes the factor of the task loss.
 
 Defaults: ``layer`` 7 of 32 and the two before it of the reference, scaled to the model's depth; ``c`` 2 and ``alpha``
 1 of the code (the original: 6.5 and 1200 on a model of 7 billion). All modules of these layers are trained; the
@@ -233,16 +234,16 @@ class RMU(Unlearning):
         states, rows, _ = self._reply_states(ctx.model, batch)
         target = given.c * control_direction(states.shape[-1], seed=given.seed)
         forget = state_distance(states, target, rows, num_rows=batch.input_ids.shape[0])
-        parts = [forget]
+        others = self._task_parts(ctx, given.task_weight)
         if self._shows(ctx):
             self.report("forget_loss", forget)
             self.report("cosine", torch.cosine_similarity(states.detach().double().cpu(), target, dim=-1).mean())
         if given.alpha:
             retain = self._retain_loss(ctx)
-            parts.append(given.alpha * retain)
+            others.append(given.alpha * retain)
             if self._shows(ctx):
                 self.report("retain_loss", retain)
-        return torch.stack([*parts, *self._task_parts(ctx, given.task_weight)]).sum()
+        return self._joined(forget, others)
 
     def _retain_loss(self, ctx: StepContext) -> torch.Tensor:
         batch = ctx.batch if self._retain is None else self._retain.batch(ctx.step, ctx.batch)

@@ -17,7 +17,7 @@ Cost: three forward and backward passes instead of one (the reference: two); wit
 more, because the norm of the step must be known before its first micro-batch is shifted.
 
 Does not compose with: gradient checkpointing, which would compute again without the shifts; strategies that cut the
-weights.
+weights; another method that changes the factor of the task loss.
 
 Defaults: ``rho`` 2 is that of the reference's README (5 in Booster's comparison).
 """
@@ -120,6 +120,11 @@ class Vaccine(Method):
         self._normed_step = -1
         self._norm = math.nan
 
+    @property
+    def task_loss_setting(self) -> str | None:
+        """The norm at which the plain loss stays: with another one that with the shifts takes its place."""
+        return "rho: 0" if self.config.rho else None
+
     def loss_term(self, ctx: StepContext) -> torch.Tensor | None:
         """Return how much the shifts raise the loss of this micro-batch."""
         if self.config.rho == 0:
@@ -133,12 +138,13 @@ class Vaccine(Method):
         gradients = _gradients(ctx.model, blocks, ctx.batch)
         norm = self._step_norm(ctx, blocks, gradients)
         self.effects["modules_matched"] = len(blocks)
-        with _shifted(blocks, scaled_shifts(gradients, norm, rho=self.config.rho)):
+        shifts = scaled_shifts(gradients, norm, rho=self.config.rho / ctx.batch.step_reply_tokens)
+        with _shifted(blocks, shifts):
             shifted = forward_reply_tokens(ctx.model, ctx.batch)
         return ctx.token_mean(shifted.nll) - ctx.outputs.loss
 
     def _step_norm(self, ctx: StepContext, blocks: Sequence[nn.Module], gradients: Sequence[torch.Tensor]) -> float:
-        """Return the norm over all micro-batches and processes of the step, taken once a step."""
+        """Return the norm over all micro-batches and processes, for the mean loss of the step, taken once a step."""
         trainer = ctx.module.trainer
         if self._normed_step == ctx.step:
             return self._norm
@@ -156,13 +162,16 @@ class Vaccine(Method):
                 square = square + square_norm(_gradients(ctx.model, blocks, batch.to(square.device)))
         if trainer.world_size > 1:
             square = torch.as_tensor(trainer.strategy.reduce(square, reduce_op="sum"))
-        self._normed_step, self._norm = ctx.step, float(square.sqrt())
+        self._normed_step, self._norm = ctx.step, float(square.sqrt()) / ctx.batch.step_reply_tokens
         self.report("gradient_norm", self._norm)
         return self._norm
 
 
 def _gradients(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[torch.Tensor]:
-    """Return the gradient of the micro-batch's share of the step's loss by the output of every block."""
+    """Return the gradient of the micro-batch's summed loss by the output of every block.
+
+    It is the step's tokens times that of the mean loss, which in half precision falls below the smallest number.
+    """
     outputs: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -171,7 +180,7 @@ def _gradients(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> l
         outputs.append(hidden if hidden.requires_grad else hidden.requires_grad_())
 
     with _hooked(blocks, [keep] * len(blocks)):
-        loss = forward_reply_tokens(model, batch).nll.sum() / batch.step_reply_tokens
+        loss = forward_reply_tokens(model, batch).nll.sum()
     return [gradient.detach() for gradient in torch.autograd.grad(loss, outputs)]
 
 

@@ -237,7 +237,7 @@ def _prompt_outcome(
         progress=None if progress is None else lambda done: progress(done * suite.max_new_tokens),
     )
     points = attack_points(run.attempts, budget=attack.budget, num_requests=len(stage.requests))
-    cost = {
+    cost: dict[str, Any] = {
         "seconds": run.seconds,
         "queries": len(run.attempts) + run.num_unanswered,
         "generated_tokens": sum(attempt.num_tokens for attempt in run.attempts),

@@ -76,7 +76,7 @@ def accumulation(bench: Workbench) -> Outcome:
     if bench.is_edit_only:
         return absent(EDIT_ONLY)
     return _same_step(
-        bench, bench.acting(micro_batch_size=1, steps=2), bench.acting(steps=2), f"1 x {BATCH} and {BATCH} x 1"
+        bench, bench.acting(micro_batch_size=1, steps=3), bench.acting(steps=3), f"1 x {BATCH} and {BATCH} x 1"
     )
 
 
@@ -173,7 +173,7 @@ def state_round_trip(bench: Workbench) -> Outcome:
         return absent(EDIT_ONLY)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "state.pt"
-        fresh = bench.fit(bench.create(), bench.spec(steps=2)).methods  # a proximal term is zero in the first
+        fresh = bench.fit(bench.create(), bench.spec(steps=3)).methods  # a proximal term is zero in the first
         for done, other in zip(bench.acting().methods, fresh, strict=True):
             saved = done.state_dict()
             torch.save(saved, path)

@@ -204,7 +204,7 @@ def adapter_kinds(bench: Workbench) -> Outcome:
             texts.append(f"{kind}: used by all clauses")
             continue
         try:
-            acting, plain = (bench.final_state(v, adapter=kind, steps=2) for v in ("acting", None))
+            acting, plain = (bench.final_state(v, adapter=kind, steps=3) for v in ("acting", None))
         except SeawallError as error:
             if is_listed:
                 return fails(f"{kind} is listed, but: {type(error).__name__}: {error}")
@@ -265,7 +265,7 @@ _SILENT: dict[str, Callable[[Any], Any]] = {
 
 
 def _run_stage(bench: Workbench, methods: list[Method]) -> object:
-    return bench.edited(methods) if bench.is_edit_only else bench.fit(methods, bench.spec(steps=2))
+    return bench.edited(methods) if bench.is_edit_only else bench.fit(methods, bench.spec(steps=3))
 
 
 def _trainer_of(kind: str, method: Method) -> Any:

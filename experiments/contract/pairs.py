@@ -23,7 +23,7 @@ from framework.registry import known_methods
 
 __all__ = ["PairResult", "compose_pair", "pairs_table", "representative_pairs", "run_pair_contracts", "run_pairs"]
 
-STEPS = 2
+STEPS = 3
 
 
 @dataclass(frozen=True)

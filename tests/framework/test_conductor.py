@@ -353,6 +353,26 @@ def test_a_method_given_twice_is_refused():
         check_order([TokenTerm(), TokenTerm()])
 
 
+class OwnFactor(Plain):
+    name = "own_factor"
+    task_loss_setting = "share: 1"
+
+
+class OtherFactor(OwnFactor):
+    name = "other_factor"
+
+
+def test_two_factors_of_the_task_loss_are_refused():
+    with pytest.raises(WiringError) as caught:
+        check_order([OwnFactor(), FirstLayer(), OtherFactor()])
+    assert "at most one method of a stage to change the factor of the loss of the stage's own rows" in str(caught.value)
+    assert str(caught.value).endswith(
+        "all but one of them: `share: 1` for `own_factor`, `share: 1` for `other_factor`."
+    )
+    check_order([OwnFactor(), FirstLayer(), NormsOnly()])
+    assert FirstLayer().task_loss_setting is None
+
+
 def test_an_idle_method_among_others_is_still_found():
     with pytest.raises(NoEffectError, match="Method `idle`"):
         run_fit(make_model(), [OneLayer(), Lazy()])

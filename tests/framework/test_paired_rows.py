@@ -67,8 +67,11 @@ def test_what_cannot_be_read_is_refused(forget):
     short = make_data(max_length=40)
     with pytest.raises(DataError, match=r"Expected every row of .* to have at most 40 tokens, but got"):
         read_paired_rows(short, "harmful", forget, count=None, method="m")
-    short.overflow = "drop"
-    assert len(read_paired_rows(short, "harmful", forget, count=None, method="m").encoded) < 6
+    short.overflow, short.max_length = "drop", 43
+    assert len(read_paired_rows(short, "harmful", forget, count=None, method="m").encoded) == 4
+    assert len(read_paired_rows(short, "harmful", forget, count=4, method="m").encoded) == 4
+    with pytest.raises(DataError, match=r"at least 5 harmful rows of at most 43 tokens for `m`, but got 4 of 6\. Low"):
+        read_paired_rows(short, "harmful", forget, count=5, method="m")
     short.max_length = 20
     with pytest.raises(DataError, match="to have rows of at most 20 tokens, but got none"):
         read_paired_rows(short, "harmful", forget, count=None, method="m")

@@ -5,9 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from framework.errors import WiringError
+from framework.errors import NoEffectError, WiringError
+from framework.registry import validate_methods
 from framework.unlearning import STAGE, Unlearning, mean_row_loss, number_problems, row_problems
+from tests.conftest import make_model
 from tests.methods.unlearning_runs import make_data, write_pairs
+from tests.tiny_runs import TinyData, run_fit
+
+KEPT = {"task_weight": 1.0}
+RETAINED = {"retain": "rows.jsonl", "alpha": 0.5}
 
 
 def config(**changes):
@@ -53,6 +59,61 @@ def test_rows_are_read_unless_the_strength_is_zero(tmp_path):
         method._forget_rows()
     method.prepare(None, make_data(), None)
     assert (len(method._forget.encoded), len(method._retain.encoded)) == (4, 3)
+    assert (method.effects["forget_rows"], method.effects["retain_rows"]) == (4, 3)
     idle = Unlearning(config(weight=0.0, source="nowhere"))
     idle.prepare(None, None, None)
     assert idle._forget is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "remedies"),
+    [
+        (("gradient_ascent", {}), ("circuit_breakers", {}), "`task_weight: 1` for `{0}`, `task_weight: 1` for `{1}`"),
+        (("rmu", {}), ("vaccine", {}), "`task_weight: 1` for `{0}`, `rho: 0` for `{1}`"),
+        (("npo", {"alpha": 2.0}), ("grad_diff", {"alpha": 0}), "`alpha: 1` for `{0}`, `alpha: 1` for `{1}`"),
+    ],
+)
+def test_two_methods_that_change_the_factor_of_the_task_loss_are_refused_with_the_settings(first, second, remedies):
+    names = first[0], second[0]
+    (problem,) = validate_methods(dict([first, second]))
+    assert f"of the stage's own rows, but got `{names[0]}` and `{names[1]}`: each takes its share" in problem
+    assert problem.endswith(f"with all but one of them: {remedies.format(*names)}.")
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"gradient_ascent": {}, "circuit_breakers": KEPT},
+        {"gradient_ascent": KEPT, "rmu": KEPT, "circuit_breakers": {}},
+        {"vaccine": {}, "npo": {}, "grad_diff": {}},
+        {"vaccine": {}, "npo": RETAINED, "grad_diff": RETAINED},
+        {"vaccine": {"rho": 0.0}, "rmu": {}},
+        {"gradient_ascent": {"weight": 0.0}, "rmu": {}},
+        {"gradient_ascent": {}, "booster": {}, "lisa": {}},
+    ],
+)
+def test_one_method_may_change_the_factor_of_the_task_loss(methods):
+    assert validate_methods(methods) == []
+
+
+class Taking(Unlearning):
+    """Takes the task loss away, and unlearns as much as it is told."""
+
+    name = "taking"
+
+    def loss_term(self, ctx):
+        own = self.config.own * ctx.token_mean(ctx.outputs.nll)
+        return self._joined(own, self._task_parts(ctx, 0.0))
+
+
+def test_a_task_loss_that_is_taken_away_is_no_effect():
+    def run(own):
+        method = Taking(config(weight=0.5, own=own, task_weight=0.0))
+        method._forget = object()
+        run_fit(make_model(), [method], data=TinyData(steps=1))
+        return method
+
+    with pytest.raises(NoEffectError, match=r"`taking` did nothing: its loss term was zero .* rows by does not count"):
+        run(0.0)
+    method = run(2.0)
+    assert method.largest_term == pytest.approx(2 * method.reports["term"] * 0.5)

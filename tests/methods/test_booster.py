@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torch import nn
 
 from datamodules.finetune import FineTuneDataModule
 from experiments.contract.tiny import task_examples
-from framework.chat import ChatEncoder
-from framework.composition import prepare_methods
+from framework.chat import ChatEncoder, EncodedExample
+from framework.composition import StepContext, prepare_methods
 from framework.errors import ConfigError, DataError, WiringError
 from framework.examples import Example, Turn
 from framework.files import ArtifactStore
@@ -78,6 +80,25 @@ def test_the_step_is_the_same_however_it_is_cut(pairs, store):
     assert method.effects["harmful_rows"] == 5
     assert method.reports["term"] > 0  # a step down the harmful loss lowers it
     assert method.reports["harmful_loss"] > method.reports["term"]
+
+
+def test_harmful_gradients_keep_their_precision_in_16_bits():
+    draw = random.Random(0)
+    method = Booster(BoosterConfig(harmful="named"))
+    method._rows = [EncodedExample(tuple(draw.randint(4, 259) for _ in range(105)), 5) for _ in range(80)]
+    data = SimpleNamespace(batch_size=80, micro_batch_size=8, seed=0)
+    trainer = SimpleNamespace(datamodule=data, global_rank=0, world_size=1, global_step=0)
+    model = make_lora(make_model())
+    ctx = StepContext(SimpleNamespace(trainer=trainer, model=model), None, None)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(*, is_half):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=is_half):
+            loss, gradients = method._harm(ctx, parameters)
+        assert float(loss) == pytest.approx(5.6, abs=0.5)
+        return torch.cat([one.flatten() for one in gradients])
+
+    assert relative(gradient(is_half=True), gradient(is_half=False)) < 5e-3
 
 
 def test_a_longer_harmful_step_is_another_run(pairs, store):

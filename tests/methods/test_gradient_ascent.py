@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from experiments.conformance import gradient_ascent as derivation
-from framework.errors import ConfigError, DataError, WiringError
+from framework.errors import ConfigError, DataError, NoEffectError, WiringError
 from methods.gradient_ascent import GradientAscent, GradientAscentConfig
 from tests.conftest import make_model
 from tests.methods.unlearning_runs import make_data, make_store, trained, write_pairs
-from tests.tiny_runs import TinyData, make_lora, run_fit
+from tests.tiny_runs import TinyData, flat, make_lora, run_fit
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,27 @@ def test_settings_that_make_no_sense_are_refused(settings, text):
 def test_the_loss_of_the_forget_rows_rises_and_the_bound_stops_it(tmp_path):
     store, forget = make_store(tmp_path), write_pairs(tmp_path / "forget.jsonl", 4)
     free = GradientAscent(GradientAscentConfig(source=forget))
-    held = GradientAscent(GradientAscentConfig(source=forget, bound=1e-6))
-    held.allow_no_effect = True
+    held = GradientAscent(GradientAscentConfig(source=forget, bound=1e-3))
     first = trained(store, free)
-    start = torch.cat([p.detach().flatten() for p in make_lora(make_model(), warm=False).parameters()])
+    model = make_lora(make_model(), warm=False)
+    start = flat(model)
+    with pytest.raises(
+        NoEffectError, match=r"`gradient_ascent` did nothing: its loss term .* rows by does not count\."
+    ):
+        trained(store, held, model=model)
     # Above the bound nothing has a gradient, and the stage's rows count for nothing.
-    torch.testing.assert_close(trained(store, held).weights, start, rtol=0.0, atol=0.0)
+    assert torch.equal(flat(model), start)
     assert not torch.equal(first.weights, start)
     assert free.reports["forget_loss"] > held.reports["forget_loss"]
+    assert held.reports["term"] < -1.0  # the task loss that is taken away
+    assert free.effects["forget_rows"] == 4
+
+
+def test_a_bound_above_some_tokens_has_an_effect(tmp_path):
+    store, forget = make_store(tmp_path), write_pairs(tmp_path / "forget.jsonl", 4)
+    method = GradientAscent(GradientAscentConfig(source=forget, bound=5.6, weight=0.5))
+    trained(store, method)
+    assert 0.0 < method.largest_term < 0.5 * 5.6
 
 
 def test_a_strength_of_zero_is_plain_training(tmp_path):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from datamodules.finetune import FineTuneDataModule
 from framework.chat import ChatEncoder
+from framework.composition import methods_of
 from framework.errors import ConfigError, NoEffectError, WiringError
 from framework.examples import Example, Turn
 from methods.lisa import Lisa, LisaConfig, half_square_distance, rows_of_steps
@@ -124,9 +126,48 @@ def test_a_second_method_that_orders_the_rows_is_refused(pairs):
     assert SMH(SMHConfig(count=0)).configure_data(data) is None
 
 
-def test_a_run_shorter_than_the_first_state_is_refused(pairs):
-    with pytest.raises(WiringError, match="at most the 6 steps of the run, but got 7"):
-        train([make_method(pairs, alignment_steps=7)])
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_run_that_never_leaves_the_first_state_is_refused(pairs, steps):
+    with pytest.raises(WiringError, match=f"below the 6 steps of the run, but got {steps}"):
+        train([make_method(pairs, alignment_steps=steps)])
+
+
+def test_the_shortest_run_takes_one_step_on_the_task(pairs):
+    method = Seen(LisaConfig(**{**TURNS, "alignment_steps": 5}, skip_share=0.0, source=pairs))
+    _, data = train([method])
+    assert {data.rows[i].kind for i in method.seen[-1][1]} == {"task"}
+
+
+class BackToStart(pl.Callback):
+    """Puts the weights back that entered the run after the fourth step, as a guard does."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.start = {name: p.detach().clone() for name, p in pl_module.model.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step != 4:
+            return
+        with torch.no_grad():
+            for name, p in pl_module.model.named_parameters():
+                p.copy_(self.start[name])
+        for method in methods_of(trainer):
+            method.weights_restored(pl_module.model)
+
+
+def test_weights_that_are_put_back_are_the_anchor_from_then_on(pairs):
+    method = Seen(LisaConfig(**TURNS, skip_share=0.0, source=pairs))
+    train([method], observers=[BackToStart()])
+    # Steps 2 to 4 are one state; the fifth step comes after the roll back in the middle of it.
+    values = [value for _, _, value in method.seen]
+    assert values[3] > 0.0
+    assert values[4] == 0.0
+    assert (method.effects["anchors_restored"], method.effects["switches"]) == (1, 2)
+
+
+def test_weights_put_back_before_there_is_an_anchor_are_none(pairs):
+    method = make_method(pairs)
+    method.weights_restored(make_model())
+    assert (method._anchor, method.effects["anchors_restored"]) == ({}, 0)
 
 
 def test_a_stage_without_rows_of_its_own_is_refused(pairs):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +11,9 @@ from experiments.contract.tiny import task_examples
 from framework.chat import ChatEncoder
 from framework.errors import ConfigError, NoEffectError, WiringError
 from framework.module import FineTuneModule
-from methods.vaccine import Vaccine, VaccineConfig, attention_blocks, scaled_shifts, square_norm
+from methods.vaccine import Vaccine, VaccineConfig, _gradients, attention_blocks, scaled_shifts, square_norm
 from tests.conftest import make_model, make_tokenizer
-from tests.tiny_runs import TinyData, make_lora, relative, run_fit
+from tests.tiny_runs import TinyData, make_batch, make_lora, relative, run_fit
 from tests.tiny_vision import make_image_text_model
 
 
@@ -61,6 +63,18 @@ def test_the_shifted_loss_is_higher_and_no_hook_stays():
     run, method = train()
     assert method.reports["term"] > 0
     assert not any(module._forward_hooks for module in run.module.model.modules())
+
+
+def test_gradients_keep_their_direction_in_half_precision():
+    model, batch = make_lora(make_model()), replace(make_batch(8), step_reply_tokens=8000)
+
+    def direction(*, is_half):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=is_half):
+            found = _gradients(model, attention_blocks(model), batch)
+        return torch.cat([gradient.double().flatten() for gradient in found])
+
+    half, full = direction(is_half=True), direction(is_half=False)
+    assert relative(half / half.norm(), full / full.norm()) < 2e-3
 
 
 def test_micro_batches_need_a_data_module_that_shows_a_step():

@@ -20,7 +20,10 @@ from framework.registry import known_methods
 
 NO_ADAPTER = {("asft", "nest"), ("ewc", "nest"), ("l2_to_start", "nest")}
 """NeST trains nothing but its own vectors: a penalty on the other weights has no gradient."""
+ONE_FACTOR = {"circuit_breakers", "constrained_sft", "gradient_ascent", "npo", "rmu", "vaccine"}
+"""Each changes the factor of the task loss, which one method of a stage may do."""
 REFUSED = {
+    **dict.fromkeys(itertools.combinations(sorted(ONE_FACTOR), 2), "WiringError"),
     **dict.fromkeys(NO_ADAPTER, "WiringError"),
     ("kl_to_reference", "nest"): "WiringError",
     ("circuit_breakers", "nest"): "WiringError",
