@@ -10,7 +10,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from framework.endpoint_settings import EndpointAddress, EndpointSettings
 from framework.errors import ConfigError, DataError, SeawallError
 from framework.evaluation.generation import Reply
 from framework.examples import Prompt
+from framework.moments import moment
 
 if TYPE_CHECKING:
     from experiments.attacks.interface import Query
@@ -164,7 +164,7 @@ class ReplyJournal:
             name: of the prompt, unique in the measurement.
             answer: its reply.
         """
-        kept = KeptAnswer(answer, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        kept = KeptAnswer(answer, moment())
         line = {"prompt": name, "time": kept.time, **answer._asdict()}
         self._handle.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._handle.flush()

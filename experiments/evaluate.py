@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from framework.config import EvaluateCommandConfig, to_yaml
 from framework.endpoint_settings import is_endpoint
 from framework.files import to_plain, write_atomic, write_json
 from framework.models import ModelSpec, find_model, model_fingerprint
+from framework.moments import moment
 from framework.processes import is_main, on_main, together
 
 __all__ = ["evaluate_command"]
@@ -85,7 +85,7 @@ def _leave_behind(
         "run": {
             "name": config.name,
             "status": "finished",
-            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "started": moment(started),
             "seconds": time.time() - started,
             "seed": config.seed,
         },

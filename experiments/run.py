@@ -10,7 +10,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from experiments.training_picture import has_telemetry, training_svg
 from framework.config import EvaluateCommandConfig, RunConfig, StageConfig
 from framework.files import ArtifactStore, cache_root, to_plain, write_atomic, write_json
 from framework.model_files import model_fingerprint
+from framework.moments import moment
 from framework.processes import is_main, main_first, on_main, together, world_size
 
 __all__ = [
@@ -233,7 +233,7 @@ def _results(
         "run": {
             "name": config.name,
             "status": "finished",
-            "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+            "started": moment(started),
             "seconds": time.time() - started,
             "seed": config.seed,
         },

@@ -231,7 +231,7 @@ class Method(pl.Callback):
         """
         idle = {point: text for point, text in _IDLE.items() if point in self.points and not self._acted(point)}
         if self.cut_short and (early := idle.keys() & _IN_TRAINING):
-            self.count("points_without_turn", len(early))
+            self.effects["points_without_turn"] = len(early)
             idle = {point: text for point, text in idle.items() if point not in early}
         if idle and not self.allow_no_effect:
             raise NoEffectError(

@@ -29,7 +29,7 @@ from experiments.attacks.responder import ReplySettings
 from experiments.attacks.suite import NamedAttack, SuiteConfig
 from experiments.attacks.target import Target
 from experiments.attacks.transcript import Transcript
-from experiments.attacks.unfinished import UnfinishedSuite, moment
+from experiments.attacks.unfinished import UnfinishedSuite
 from experiments.compliant_replies import Sampler, compliant_replies
 from experiments.endpoint_artifacts import replace_artifact
 from experiments.fingerprints import content_hashes, embedded_hash, versions
@@ -39,6 +39,7 @@ from framework.examples import Prompt
 from framework.files import ArtifactStore, read_json, to_plain, write_json
 from framework.model_files import read_tokenizer
 from framework.models import ModelSpec, model_fingerprint
+from framework.moments import moment
 
 __all__ = ["FinishedAttack", "Stage", "carry_out", "equip", "find_finished"]
 

@@ -73,8 +73,7 @@ def run_prompt_attack(
 
     Raises:
         DataError: the attack asked nothing, asked the same twice, or more of a request than its budget.
-        NoEffectError: the attack is to change requests, but sent every one as it stands, to a model that says the same
-            each time: what it withstood would be no attack.
+        NoEffectError: the attack is to change requests, but sent every one as it stands.
         SeawallError: more queries stayed without a reply than may, or all of them.
     """
     started = time.perf_counter()
@@ -85,8 +84,7 @@ def run_prompt_attack(
     attack.start(requests, seed=settings.seed)
     attempts: list[Attempt] = []
     numbers: dict[str, int] = {}
-    asked, resumed = Counter[str](), 0
-    system = responder.identity().get("system")
+    asked, resumed, system = Counter[str](), 0, responder.identity().get("system")
     while queries := [_marked(query, system) for query in attack.ask()]:
         _count(attack, queries, numbers, asked)
         known = transcript.take(queries)
@@ -104,9 +102,7 @@ def run_prompt_attack(
         attempts += answers
         attack.tell(answers)
         report(len(attempts))
-    _check_end(attack, attempts, transcript)
-    _check_effect(attack, attempts)
-    _still_allowed(settings, attempts)
+    _check_run(attack, attempts, transcript, settings)
     answered = tuple(attempt for attempt in attempts if not is_unanswered(attempt))
     return PromptRun(answered, time.perf_counter() - started, resumed, len(attempts) - len(answered))
 
@@ -164,6 +160,14 @@ def _check_end(attack: PromptAttack, attempts: Sequence[Attempt], transcript: Tr
             f"Expected `{transcript.path}` to end with the attack, but got {transcript.num_known} attempts more. Move "
             "it away to begin anew."
         )
+
+
+def _check_run(
+    attack: PromptAttack, attempts: Sequence[Attempt], transcript: Transcript, settings: ReplySettings
+) -> None:
+    _check_end(attack, attempts, transcript)
+    _check_effect(attack, attempts)
+    _still_allowed(settings, attempts)
 
 
 def _marked(query: Query, system: str | None) -> Query:

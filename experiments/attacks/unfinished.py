@@ -7,13 +7,13 @@ attacks it has finished, and says since when.
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from framework.files import ArtifactStore, fingerprint, read_json, write_json
+from framework.moments import moment
 
-__all__ = ["Kept", "UnfinishedSuite", "moment"]
+__all__ = ["Kept", "UnfinishedSuite"]
 
 FOLDER = "unfinished_suite"
 
@@ -59,17 +59,3 @@ class UnfinishedSuite:
 
     def _entries(self) -> dict[str, Any]:
         return dict(read_json(self._path)) if self._path.is_file() else {}
-
-
-def moment(seconds: float | None = None) -> str:
-    """Return a time in UTC to the second; now when none is given.
-
-    Args:
-        seconds: since 1970.
-
-    Example:
-        >>> moment(0.0)
-        '1970-01-01T00:00:00+00:00'
-    """
-    now = datetime.now(timezone.utc) if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
-    return now.isoformat(timespec="seconds")

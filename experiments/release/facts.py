@@ -81,19 +81,23 @@ def release_facts(
         "metrics": metrics,
         "is_model_checked": run.is_model_checked,
         "num_with_image": num_with_image,
-        "overlap": {
-            "num_prompts": overlap.num_prompts,
-            "num_training_prompts": overlap.num_training,
-            "exact": list(overlap.exact),
-            "near": list(overlap.near),
-            "unknown": list(overlap.unknown),
-            "excluded": sorted(excluded),
-        },
+        "overlap": _overlap(overlap, excluded),
         "attacks": [*prefill_attacks(config, metrics), *attacks],
         "data": _provenance(config),
         "training": _training(run.results),
         "cost": dict(run.row.get("cost") or {}),
         "environment": run.results.get("environment", {}),
+    }
+
+
+def _overlap(overlap: Overlap, excluded: frozenset[str]) -> dict[str, Any]:
+    return {
+        "num_prompts": overlap.num_prompts,
+        "num_training_prompts": overlap.num_training,
+        "exact": list(overlap.exact),
+        "near": list(overlap.near),
+        "unknown": list(overlap.unknown),
+        "excluded": sorted(excluded),
     }
 
 

@@ -110,7 +110,7 @@ def test_adaptive_sampling_agrees_as_well_as_fixed_sampling_with_itself(shape, s
     found = replay(store_of(rates, 2 * most, draw), RULE, splits=10)
     assert (found.most, found.num_prompts, found.num_splits) == (most, 600, 10)
     assert found.agreement >= found.test_retest - 0.02
-    assert found.rollouts <= share
+    assert found.rollouts <= (share if most == 16 else 2 / 3)
     assert found.same_rollouts > found.test_retest
 
 
