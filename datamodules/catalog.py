@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, cast
 from datamodules import embedded_sets
 from datamodules.layouts import read_pairs, read_prompts
 from datamodules.readers import SUFFIXES, find_file
+from datamodules.templates import in_some_templates
 from framework.errors import ConfigError, DataError, describe_unknown
 from framework.examples import Example, ExampleKind, Prompt, PromptKind
 from framework.held_out import PromptSource
@@ -18,6 +19,7 @@ __all__ = [
     "EMBEDDED",
     "MORE",
     "CatalogKind",
+    "EvaluationKind",
     "benign_examples",
     "catalog_files",
     "evaluation_prompts",
@@ -37,6 +39,9 @@ MORE = "embedded_more"
 """The embedded harmful requests and look-alikes for aligning, with 100 and 200 more of them."""
 JAILBREAK = "embedded_jailbreak"
 """The embedded harmful requests, each in every jailbreak template of its split (train for all but ``test``)."""
+MORE_JAILBREAK = "embedded_more_jailbreak"
+"""The embedded harmful requests in four, the look-alikes in two, of the twelve held-out templates."""
+TEMPLATES_EACH: Mapping[str, int] = {"safety": 4, "over_refusal": 2}
 
 CatalogKind = Literal["safety", "benign", "harmful"]
 EvaluationKind = Literal["safety", "over_refusal"]
@@ -95,7 +100,7 @@ def known_look_alike_sets() -> list[str]:
 
 def known_prompt_sets(kind: EvaluationKind) -> list[str]:
     """Return the names that ``evaluation_prompts`` takes for ``kind``."""
-    wrapped = [JAILBREAK] if kind == "safety" else []
+    wrapped = [JAILBREAK, MORE_JAILBREAK] if kind == "safety" else [MORE_JAILBREAK]
     return [EMBEDDED, *wrapped, *sorted(name for name, known in _PROMPT_FILES.items() if known.kind == kind)]
 
 
@@ -225,7 +230,8 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
     """Return the prompts of an evaluation set.
 
     Args:
-        name_or_path: ``embedded``, ``embedded_jailbreak`` (harmful requests in templates), a name in
+        name_or_path: ``embedded``, ``embedded_jailbreak`` (harmful requests in four templates),
+            ``embedded_more_jailbreak`` (requests, or look-alikes, in some of twelve), a name in
             ``known_prompt_sets(kind)`` (a file below ``SEAWALL_DATA``), or a file. ``harmbench_standard`` is a part of
             ``harmbench``: asked together, its requests count twice.
         kind: ``safety`` (harmful requests) or ``over_refusal`` (harmless ones that look harmful).
@@ -236,9 +242,12 @@ def evaluation_prompts(name_or_path: str, *, kind: EvaluationKind, split: str = 
         DataError: the file cannot be read, or there are no prompts.
     """
     prompt_kind: PromptKind = "harmful" if kind == "safety" else "benign"
+    load = embedded_sets.load_harmful if kind == "safety" else embedded_sets.load_look_alikes
     if name_or_path == EMBEDDED:
-        load = embedded_sets.load_harmful if kind == "safety" else embedded_sets.load_look_alikes
         prompts = list(load(split))
+    elif name_or_path == MORE_JAILBREAK:
+        own = embedded_sets.load_templates(split if split in ("test", "validation") else "train", more=True)
+        prompts = in_some_templates(load(split), own, per_prompt=TEMPLATES_EACH[kind])
     elif name_or_path == JAILBREAK and kind == "safety":
         templates = embedded_sets.load_templates("test" if split == "test" else "train")
         prompts = [template.apply(prompt) for prompt in embedded_sets.load_harmful(split) for template in templates]

@@ -196,12 +196,19 @@ def _deal(cards: list[str], *, rounds: int, hand: int, rng: random.Random) -> li
     return hands
 
 
-def load_templates(split: str) -> list[JailbreakTemplate]:
+def load_templates(split: str, *, more: bool = False) -> list[JailbreakTemplate]:
     """Return jailbreak templates: split ``train`` (8) or ``test`` (4), of different families.
+
+    Args:
+        split: which.
+        more: with 16 and 8 more, and a split ``validation`` of 4; no family stands in two splits.
 
     Raises:
         ConfigError: unknown split.
     """
-    return [
-        JailbreakTemplate(row["id"], row["name"], row["template"]) for row in _split_rows("jailbreak_templates", split)
-    ]
+    names = ("jailbreak_templates", "more_jailbreak_templates") if more else ("jailbreak_templates",)
+    known = {row["split"] for name in names for row in _rows(name)}
+    if split not in known:
+        raise ConfigError(f"Embedded set '{names[-1]}': {describe_unknown('split', split, known)}")
+    rows = [row for name in names for row in _rows(name) if row["split"] == split]
+    return [JailbreakTemplate(row["id"], row["name"], row["template"]) for row in rows]

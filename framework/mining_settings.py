@@ -26,6 +26,8 @@ class MiningSettings:
     """Harmful prompts mined, over all sets, each a request in a jailbreak template."""
     wrapped: float = setting(1.0, rule=SHARE)
     """Share of the harmful prompts that stand in a template; the others are the bare requests."""
+    templates: list[str] = setting(factory=lambda: ["embedded"], rule=NOT_EMPTY)
+    """Jailbreak templates, of both sides: ``embedded`` (8), ``embedded_more`` (24) or files; none is ever measured."""
     rollouts: int = setting(16, rule=_AT_LEAST_TWO)
     """Rollouts of a harmful prompt; the most of them with ``adaptive``."""
     adaptive: bool = False

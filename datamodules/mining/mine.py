@@ -19,6 +19,7 @@ from datamodules.mining.judging import RolloutVerdict, judge_rollouts
 from datamodules.mining.pool import benign_pool, harmful_pool
 from datamodules.mining.selection import MinedPrompt, MinedReply, MinedSets
 from datamodules.mining.store import RolloutStore, StoredRollout, prompt_digest
+from datamodules.templates import find_templates
 from framework.chat import ChatEncoder
 from framework.errors import DataError
 from framework.evaluation.judges import Judge
@@ -80,10 +81,16 @@ def mine_sets(
         SeawallError: a judge failed or refuses to decide.
     """
     rule = StopRule(settings.rollouts, settings.hard_rate, is_adaptive=settings.adaptive)
-    pool = {"count": settings.prompts, "wrapped": settings.wrapped, "seed": settings.mining_seed}
+    templates = find_templates(settings.templates)
+    pool = {
+        "count": settings.prompts,
+        "wrapped": settings.wrapped,
+        "seed": settings.mining_seed,
+        "templates": templates,
+    }
     sides = {"harmful": _Side(harmful_pool(settings.harmful, **pool), rule)}  # type: ignore[arg-type]
     if has_benign:
-        pool = {"count": settings.benign_prompts, "wrapped": settings.benign_wrapped, "seed": settings.mining_seed}
+        pool |= {"count": settings.benign_prompts, "wrapped": settings.benign_wrapped}
         rule = StopRule(settings.benign_rollouts, settings.hard_rate, is_adaptive=False)
         sides["benign"] = _Side(benign_pool(settings.benign, **pool), rule)  # type: ignore[arg-type]
     key = _store_key(model, encoder, settings, model_key)

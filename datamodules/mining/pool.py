@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from datamodules.catalog import EMBEDDED, evaluation_prompts, find_examples, known_prompt_sets
+from datamodules.catalog import EMBEDDED, EvaluationKind, evaluation_prompts, find_examples, known_prompt_sets
 from datamodules.embedded_sets import (
     JailbreakTemplate,
     load_benign,
@@ -23,7 +23,14 @@ TRAIN = "train"
 """Templates used for training; those of the other split are held out."""
 
 
-def harmful_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) -> list[Prompt]:
+def harmful_pool(
+    names: Sequence[str],
+    *,
+    count: int,
+    wrapped: float,
+    seed: int,
+    templates: Sequence[JailbreakTemplate] | None = None,
+) -> list[Prompt]:
     """Return ``count`` harmful prompts, each set giving as many.
 
     Args:
@@ -32,16 +39,25 @@ def harmful_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int)
         count: prompts in all; a request may come in several templates.
         wrapped: share of them in a template.
         seed: decides which.
+        templates: to choose from; None takes the eight embedded ones for training.
 
     Raises:
         ConfigError: unknown name, a set held out to measure with, or the sets give fewer prompts.
         DataError: a file cannot be read.
     """
     sets = [_harmful_set(name) for name in names]
-    return deal_prompts(sets, load_templates(TRAIN), count=count, wrapped=wrapped, seed=seed, name="prompts")
+    templates = load_templates(TRAIN) if templates is None else templates
+    return deal_prompts(sets, templates, count=count, wrapped=wrapped, seed=seed, name="prompts")
 
 
-def benign_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) -> list[Prompt]:
+def benign_pool(
+    names: Sequence[str],
+    *,
+    count: int,
+    wrapped: float,
+    seed: int,
+    templates: Sequence[JailbreakTemplate] | None = None,
+) -> list[Prompt]:
     """Return ``count`` harmless prompts, each set giving as many; arguments and errors as ``harmful_pool``.
 
     Args:
@@ -50,9 +66,11 @@ def benign_pool(names: Sequence[str], *, count: int, wrapped: float, seed: int) 
         count: prompts in all.
         wrapped: share of them in a template.
         seed: decides which.
+        templates: as for ``harmful_pool``.
     """
+    templates = load_templates(TRAIN) if templates is None else templates
     sets = [_benign_set(name, seed=seed) for name in names]
-    return deal_prompts(sets, load_templates(TRAIN), count=count, wrapped=wrapped, seed=seed, name="benign_prompts")
+    return deal_prompts(sets, templates, count=count, wrapped=wrapped, seed=seed, name="benign_prompts")
 
 
 def probe_prompts(count: int, *, kind: PromptKind) -> list[Prompt]:
@@ -146,11 +164,7 @@ def _harmful_set(name: str) -> list[Prompt]:
         return list(load_harmful(splits[name]))
     if name == "embedded_more":
         return load_harmful("align", more=True)
-    if name in known_prompt_sets("safety") and name.startswith(EMBEDDED):
-        raise ConfigError(
-            f"Expected `harmful` to name sets to train on, but got {name!r}, whose prompts are held out for "
-            "measuring. Name `embedded`; `wrapped` puts its requests in the templates of the training split."
-        )
+    _check_not_held_out(name, kind="safety", setting="harmful", share="wrapped")
     return evaluation_prompts(name, kind="safety", split="align")
 
 
@@ -161,7 +175,16 @@ def _benign_set(name: str, *, seed: int) -> list[Prompt]:
         return list(load_look_alikes("align"))
     if name == "embedded_more":
         return [Prompt(row.id, row.prompt, "benign", row.category) for row in look_alike_examples(more=True)]
+    _check_not_held_out(name, kind="over_refusal", setting="benign", share="benign_wrapped")
     if name in known_prompt_sets("over_refusal"):
         return evaluation_prompts(name, kind="over_refusal")
     rows = find_examples("benign", name, seed=seed)
     return [Prompt(row.id, row.prompt, "benign", row.category) for row in rows]
+
+
+def _check_not_held_out(name: str, *, kind: EvaluationKind, setting: str, share: str) -> None:
+    if name in known_prompt_sets(kind) and name.startswith(EMBEDDED):
+        raise ConfigError(
+            f"Expected `{setting}` to name sets to train on, but got {name!r}, whose prompts are held out for "
+            f"measuring. Name `embedded`; `{share}` puts its requests in the templates of the training split."
+        )

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 
@@ -119,6 +120,23 @@ def test_embedded_requests_come_in_templates_of_their_split(split, count):
     assert "embedded_jailbreak" not in known_prompt_sets("over_refusal")
     with pytest.raises(ConfigError, match="embedded_jailbreak"):
         evaluation_prompts("embedded_jailbreak", kind="over_refusal")
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "validation"), [("safety", 80 * 4, 40 * 4), ("over_refusal", 60 * 2, 20 * 2)]
+)
+def test_twelve_held_out_templates_serve_equally_often(kind, count, validation):
+    prompts = evaluation_prompts("embedded_more_jailbreak", kind=kind)
+    assert len(prompts) == len({prompt.id for prompt in prompts}) == count
+    assert {prompt.kind for prompt in prompts} == {"harmful" if kind == "safety" else "benign"}
+    uses = Counter(prompt.id.split("+")[1] for prompt in prompts)
+    assert len(uses) == 12
+    assert all(name.startswith("template-test-") for name in uses)
+    assert max(uses.values()) - min(uses.values()) <= 2
+    assert "embedded_more_jailbreak" in known_prompt_sets(kind)
+    other = evaluation_prompts("embedded_more_jailbreak", kind=kind, split="validation")
+    assert len(other) == validation
+    assert all("-validation-" in p.id and "+template-validation-" in p.id for p in other)
 
 
 REAL_PROMPTS = {

@@ -179,10 +179,12 @@ def test_refusals_have_known_openings_and_lengths() -> None:
 
 
 def test_template_families_are_disjoint_and_templates_have_the_slot() -> None:
-    train, test = load_templates("train"), load_templates("test")
-    assert {t.name for t in train}.isdisjoint(t.name for t in test)
-    assert len({t.name for t in train + test}) == 12
-    for template in train + test:
+    train, validation, test = (load_templates(split, more=True) for split in ("train", "validation", "test"))
+    assert [len(split) for split in (train, validation, test)] == [24, 4, 12]
+    assert (train[:8], test[:4]) == (load_templates("train"), load_templates("test"))
+    assert len({t.name for t in train + validation + test}) == 40
+    assert len({t.id for t in train + validation + test}) == 40
+    for template in train + validation + test:
         assert template.template.count("{request}") == 1
         assert len(template.template.split()) <= 60
 
@@ -242,6 +244,7 @@ def test_impossible_number_of_refusals_is_refused(per_prompt: int) -> None:
         (benign_examples, "align, validation"),
         (lambda split: refusal_examples(split, seed=0), "align, poison, test, validation"),
         (load_templates, "test, train"),
+        (lambda split: load_templates(split, more=True), "test, train, validation"),
     ],
 )
 def test_unknown_split_lists_the_known_ones(load: object, known: str) -> None:

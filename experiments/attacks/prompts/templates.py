@@ -17,11 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from datamodules.embedded_sets import JailbreakTemplate, load_templates
-from datamodules.readers import find_file, read_records
+from datamodules.embedded_sets import load_templates
+from datamodules.templates import read_templates
 from experiments.attacks.interface import Query, register_attack
 from experiments.attacks.static import StaticAttack
-from framework.errors import ConfigError, DataError, describe_unknown
+from framework.errors import ConfigError, describe_unknown
 from framework.examples import Prompt
 from framework.fields import COUNT, check_instance, setting
 
@@ -58,7 +58,7 @@ class Templates(StaticAttack):
             DataError: the file cannot be read, or a template lacks its slot.
         """
         super().__init__(config)
-        found = load_templates(config.split) if config.file is None else _read(config.file)
+        found = load_templates(config.split) if config.file is None else read_templates(config.file)
         if config.names:
             known = {template.name: template for template in found}
             unknown = [describe_unknown("names", name, known) for name in config.names if name not in known]
@@ -78,15 +78,3 @@ class Templates(StaticAttack):
         """Return the request in every template."""
         found = [(template.name, template.apply(request)) for template in self.templates]
         return [Query(request, prompt, details={"variant": name}) for name, prompt in found]
-
-
-def _read(name: str) -> list[JailbreakTemplate]:
-    path = find_file(name)
-    found = []
-    for number, row in enumerate(read_records(path), start=1):
-        if not isinstance(row.get("template"), str):
-            raise DataError(f"Expected row {number} of `{path}` to have a text `template`, but got {list(row)!r}.")
-        found.append(
-            JailbreakTemplate(f"template-{number}", str(row.get("name") or f"template-{number}"), row["template"])
-        )
-    return found

@@ -7,6 +7,7 @@ import pytest
 from datamodules.catalog import known_prompt_sets
 from datamodules.embedded_sets import load_harmful, load_look_alikes, load_templates
 from datamodules.mining.pool import benign_pool, deal_prompts, harmful_pool, probe_prompts
+from datamodules.templates import find_templates
 from framework.errors import ConfigError
 from framework.examples import Prompt
 
@@ -86,18 +87,29 @@ def test_probes_are_of_the_validation_split():
     assert {prompt.kind for prompt in probe_prompts(4, kind="benign")} == {"benign"}
 
 
-def test_sets_held_out_to_measure_with_are_refused():
+@pytest.mark.parametrize("name", ["embedded_jailbreak", "embedded_more_jailbreak"])
+def test_sets_held_out_to_measure_with_are_refused(name):
     with pytest.raises(
         ConfigError,
-        match=r"Expected `harmful` to name sets to train on, but got 'embedded_jailbreak', whose",
+        match=rf"Expected `harmful` to name sets to train on, but got '{name}', whose",
     ):
-        harmful_pool(["embedded_jailbreak"], count=4, wrapped=0.0, seed=0)
+        harmful_pool([name], count=4, wrapped=0.0, seed=0)
+
+
+def test_look_alikes_held_out_to_measure_with_are_refused():
+    with pytest.raises(ConfigError, match=r"Expected `benign` to name sets to train on, but got 'embedded_more_jail"):
+        benign_pool(["embedded_more_jailbreak"], count=4, wrapped=0.0, seed=0)
 
 
 def test_no_held_out_request_or_template_is_mined():
-    names = {name for name in known_prompt_sets("safety") if name.startswith("embedded")} - {"embedded_jailbreak"}
-    found = harmful_pool([*names, "embedded_poison"], count=200, wrapped=0.5, seed=0)
-    found += benign_pool(["embedded", "embedded_look_alikes", "embedded_more"], count=200, wrapped=0.5, seed=0)
-    assert not [prompt.id for prompt in found if "template-test" in prompt.id]
+    held_out = {"embedded_jailbreak", "embedded_more_jailbreak"}
+    names = {name for name in known_prompt_sets("safety") if name.startswith("embedded")} - held_out
+    templates = find_templates(["embedded_more"])
+    given = {"wrapped": 0.5, "seed": 0, "templates": templates}
+    found = harmful_pool([*names, "embedded_poison"], count=200, **given)
+    found += benign_pool(["embedded", "embedded_look_alikes", "embedded_more"], count=200, **given)
+    wrapped_in = [prompt.id.split("+")[1] for prompt in found if "+" in prompt.id]
+    assert set(wrapped_in) == {template.id for template in templates}
+    assert not [name for name in wrapped_in if not name.startswith("template-train-")]
     held_out = {prompt.id for prompt in (*load_harmful("test"), *load_look_alikes("test"))}
     assert not {base(prompt) for prompt in found} & held_out
