@@ -11,11 +11,12 @@ import torch
 
 from datamodules.catalog import benign_examples, look_alike_examples, safety_examples
 from datamodules.finetune import FineTuneDataModule
+from datamodules.mining import MiningSettings, mining_pools
 from datamodules.poison import sample_poison
 from datamodules.sources import poisoned
 from datamodules.tasks import create_task
 from framework.chat import ChatEncoder
-from framework.config import DataConfig, TrainingConfig
+from framework.config import DataConfig, RunConfig, TrainingConfig
 from framework.errors import ConfigError
 from framework.evaluation.coherence import classify
 from framework.evaluation.generation import generate_replies
@@ -23,8 +24,9 @@ from framework.evaluation.refusal_rules import is_refusal
 from framework.examples import Example, Prompt, Turn
 from framework.files import ArtifactStore, read_json, write_json
 from framework.models import LoadedModel, ModelSpec, choose_device, load_model
+from framework.registry import create_method
 
-__all__ = ["build_datamodule", "poison_examples", "trim_to_sentence"]
+__all__ = ["build_datamodule", "check_mining", "poison_examples", "trim_to_sentence"]
 
 POISON_TOKENS = 48
 """New tokens of a sampled harmful reply; long enough to comply, short enough for a laptop."""
@@ -82,6 +84,27 @@ def build_datamodule(
     for name, (rows, count) in sources.items():
         module.add_source(name, rows, count=count)
     return module
+
+
+def check_mining(config: RunConfig) -> None:
+    """Open every set that a method of the run will mine, so that a wrong name shows before a model is aligned.
+
+    Raises:
+        ConfigError: an unknown name, a set held out to measure with, or fewer prompts than asked for; of every stage.
+        DataError: a file that is missing, empty or malformed.
+    """
+    problems = []
+    for stage, settings in config.active_stages():
+        for name, options in settings.methods.items():
+            given = create_method(name, options).config
+            if not isinstance(given, MiningSettings) or not getattr(given, "mines", True):
+                continue
+            try:
+                mining_pools(given, has_benign=getattr(given, "needs_benign", True))
+            except ConfigError as error:
+                problems += [f"Method `{name}` in `stages.{stage}`: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
 
 
 def task_rows(data: DataConfig, *, seed: int) -> list[Example]:

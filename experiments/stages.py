@@ -16,7 +16,7 @@ from datamodules.catalog import evaluation_prompts, harmful_examples
 from datamodules.finetune import FineTuneDataModule
 from experiments.fingerprints import embedded_hash, guard_key, resolved_methods, versions
 from experiments.launch import check_connected, check_methods
-from experiments.stage_data import build_datamodule, poison_examples
+from experiments.stage_data import build_datamodule, check_mining, poison_examples
 from experiments.training import STAGE_FILE, StageJob, run_stage_job
 from framework.chat import ChatEncoder
 from framework.config import RunConfig, StageConfig, TrainingConfig
@@ -88,6 +88,7 @@ class StageChain:
         """
         check_connected(config.trainer)
         check_methods(config)
+        main_first(lambda: check_mining(config))
         self.config = config
         self.artifacts = artifacts
         self.watch = watch

@@ -11,15 +11,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.mining.engine import Rollout, RolloutJob, RolloutLimits, make_rollouts
 from datamodules.mining.hardness import Hardness, Outcome, StopRule, count_outcomes, settled_count
 from datamodules.mining.judging import RolloutVerdict, judge_rollouts
-from datamodules.mining.pool import benign_pool, harmful_pool
+from datamodules.mining.pool import mining_pools
 from datamodules.mining.selection import MinedPrompt, MinedReply, MinedSets
 from datamodules.mining.store import RolloutStore, StoredRollout, prompt_digest
-from datamodules.templates import find_templates
 from framework.chat import ChatEncoder
 from framework.errors import DataError
 from framework.evaluation.judges import Judge
@@ -42,11 +41,6 @@ MiningProgress = Callable[[int, int], None]
 FILE = "rollouts.jsonl"
 PROBE = "Hello."
 """Rendered to tell chat templates and system messages apart; part of what a store is known by."""
-
-
-class _Side(NamedTuple):
-    prompts: list[Prompt]
-    rule: StopRule
 
 
 def mine_sets(
@@ -80,26 +74,18 @@ def mine_sets(
         DataError: the store is another model's or damaged, or a prompt does not fit the model.
         SeawallError: a judge failed or refuses to decide.
     """
-    rule = StopRule(settings.rollouts, settings.hard_rate, is_adaptive=settings.adaptive)
-    templates = find_templates(settings.templates)
-    pool = {
-        "count": settings.prompts,
-        "wrapped": settings.wrapped,
-        "seed": settings.mining_seed,
-        "templates": templates,
+    pools = mining_pools(settings, has_benign=has_benign)
+    rules = {
+        "harmful": StopRule(settings.rollouts, settings.hard_rate, is_adaptive=settings.adaptive),
+        "benign": StopRule(settings.benign_rollouts, settings.hard_rate, is_adaptive=False),
     }
-    sides = {"harmful": _Side(harmful_pool(settings.harmful, **pool), rule)}  # type: ignore[arg-type]
-    if has_benign:
-        pool |= {"count": settings.benign_prompts, "wrapped": settings.benign_wrapped}
-        rule = StopRule(settings.benign_rollouts, settings.hard_rate, is_adaptive=False)
-        sides["benign"] = _Side(benign_pool(settings.benign, **pool), rule)  # type: ignore[arg-type]
     key = _store_key(model, encoder, settings, model_key)
     folder = Path(settings.store) if settings.store else artifacts.path("rollouts", key)
     judges, cache = create_panel(settings.judges), verdict_cache(artifacts)
     needs_refusals = has_benign or target == "refusal"
     with reference_mode(model), RolloutStore(folder / FILE, key) as store:
         miner = Miner(model, encoder, settings, judges=judges, cache=cache, store=store, needs_refusals=needs_refusals)
-        found = miner.mine({name: (side.prompts, side.rule) for name, side in sides.items()}, progress=progress)
+        found = miner.mine({name: (pool, rules[name]) for name, pool in pools.items()}, progress=progress)
     return MinedSets(
         tuple(_mined_harmful(prompt, rollouts, target) for prompt, rollouts in found["harmful"]),
         tuple(_mined_benign(prompt, rollouts) for prompt, rollouts in found.get("benign", [])),

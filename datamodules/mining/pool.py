@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from datamodules.catalog import EMBEDDED, EvaluationKind, evaluation_prompts, find_examples, known_prompt_sets
 from datamodules.embedded_sets import (
@@ -14,13 +15,35 @@ from datamodules.embedded_sets import (
     load_templates,
     look_alike_examples,
 )
+from datamodules.templates import find_templates
 from framework.errors import ConfigError
 from framework.examples import Prompt, PromptKind
+from framework.mining_settings import MiningSettings
 
-__all__ = ["benign_pool", "deal_prompts", "harmful_pool", "probe_prompts"]
+__all__ = ["benign_pool", "deal_prompts", "harmful_pool", "mining_pools", "probe_prompts"]
 
 TRAIN = "train"
 """Templates used for training; those of the other split are held out."""
+
+
+def mining_pools(settings: MiningSettings, *, has_benign: bool = True) -> dict[str, list[Prompt]]:
+    """Return the prompts of each side that mining with ``settings`` samples; opens every file they come from.
+
+    Args:
+        settings: what is mined.
+        has_benign: False leaves the harmless prompts out.
+
+    Raises:
+        ConfigError: an unknown name, a set held out to measure with, or the sets give fewer prompts.
+        DataError: a file cannot be read.
+    """
+    own: dict[str, Any] = {"seed": settings.mining_seed, "templates": find_templates(settings.templates)}
+    pools = {"harmful": harmful_pool(settings.harmful, count=settings.prompts, wrapped=settings.wrapped, **own)}
+    if has_benign:
+        pools["benign"] = benign_pool(
+            settings.benign, count=settings.benign_prompts, wrapped=settings.benign_wrapped, **own
+        )
+    return pools
 
 
 def harmful_pool(

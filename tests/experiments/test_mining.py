@@ -7,6 +7,7 @@ import pytest
 from experiments import cli
 from experiments.mining import mine_recipe
 from experiments.run import run_recipe
+from experiments.stage_data import check_mining
 from framework.config import load_run_config
 from framework.errors import ConfigError, DataError
 from framework.evaluation import judges
@@ -106,3 +107,24 @@ def test_nothing_to_learn_says_why_and_keeps_the_file(recipe, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "runs" / "mined" / "mined.jsonl").read_text().splitlines()]
     assert len(lines) == 1 + 12 + 8
     judges._REGISTRY["coin"] = object  # the fixture takes it away
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("templates=[embeded]", r"Method `smh` in `stages.repair`: Expected `templates` to be one of embedded, emb"),
+        ("harmful=[embedded_jailbreak]", r"Method `smh` in `stages.repair`: Expected `harmful` to name sets to train"),
+        ("prompts=5000", r"Method `smh` in `stages.repair`: Expected `prompts` to be at most 960"),
+    ],
+)
+@pytest.mark.parametrize("command", [run_recipe, mine_recipe])
+def test_what_cannot_be_mined_is_refused_before_a_model_is_aligned(recipe, tmp_path, command, setting, message):
+    config = load_run_config(recipe, [f"stages.repair.methods.smh.{setting}"])
+    with pytest.raises(ConfigError, match=message):
+        command(config)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_what_is_not_mined_is_not_looked_for(recipe):
+    settings = ["stages.repair.methods.smh.count=0", "stages.repair.methods.smh.harmful=[embeded]"]
+    check_mining(load_run_config(recipe, settings))

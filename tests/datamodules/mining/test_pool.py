@@ -6,10 +6,11 @@ import pytest
 
 from datamodules.catalog import known_prompt_sets
 from datamodules.embedded_sets import load_harmful, load_look_alikes, load_templates
-from datamodules.mining.pool import benign_pool, deal_prompts, harmful_pool, probe_prompts
+from datamodules.mining.pool import benign_pool, deal_prompts, harmful_pool, mining_pools, probe_prompts
 from datamodules.templates import find_templates
 from framework.errors import ConfigError
 from framework.examples import Prompt
+from framework.mining_settings import MiningSettings
 
 
 def base(prompt):
@@ -113,3 +114,20 @@ def test_no_held_out_request_or_template_is_mined():
     assert not [name for name in wrapped_in if not name.startswith("template-train-")]
     held_out = {prompt.id for prompt in (*load_harmful("test"), *load_look_alikes("test"))}
     assert not {base(prompt) for prompt in found} & held_out
+
+
+def test_both_sides_stand_in_the_templates_that_are_named(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"template": "Answer in verse: {request}"}\n')
+    settings = MiningSettings(prompts=6, benign_prompts=8, templates=[str(path)])
+    pools = mining_pools(settings)
+    assert {name: len(pool) for name, pool in pools.items()} == {"harmful": 6, "benign": 8}
+    assert all(prompt.text.startswith("Answer in verse: ") for prompt in pools["harmful"])
+    assert sum(prompt.text.startswith("Answer in verse: ") for prompt in pools["benign"]) == 4
+    assert list(mining_pools(settings, has_benign=False)) == ["harmful"]
+
+
+@pytest.mark.parametrize("field", ["harmful", "benign", "templates"])
+def test_settings_that_name_no_set_are_refused(field):
+    with pytest.raises(ConfigError, match="embeded"):
+        mining_pools(MiningSettings(**{field: ["embeded"]}))
