@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.entries import Entry
-from experiments.report.replies import Reply, category_counts
+from experiments.report.replies import Reply, category_counts, template_counts
 from framework.files import write_atomic
 
 __all__ = ["TIDY_COLUMNS", "csv_table", "tidy_rows", "write_exports"]
@@ -39,7 +39,7 @@ TIDY_COLUMNS: Mapping[str, str] = {
     "low": "float64",
     "high": "float64",
 }
-"""Name to type in Arrow. ``kind`` is metric, cost, category, curve, probe or effect."""
+"""Name to type in Arrow. ``kind`` is metric, cost, category, template, curve, probe or effect."""
 
 
 def write_exports(entries: Sequence[Entry], replies: Mapping[str, Sequence[Reply]], folder: Path) -> tuple[Path, Path]:
@@ -80,7 +80,7 @@ def csv_table(entries: Sequence[Entry]) -> str:
 
 
 def tidy_rows(entries: Sequence[Entry], replies: Mapping[str, Sequence[Reply]]) -> Iterator[dict[str, Any]]:
-    """Yield one row per number: metrics, costs and categories of every model, curves and effects of its last stage.
+    """Yield one row per number: metrics, costs and rates by part of every model, curves and effects of its last stage.
 
     Args:
         entries: measured models.
@@ -92,11 +92,11 @@ def tidy_rows(entries: Sequence[Entry], replies: Mapping[str, Sequence[Reply]]) 
             yield {**who, "kind": "metric", "name": name, **{part: metric.get(part) for part in _PARTS}}
         for name, value in entry.cost.items():
             yield {**who, "kind": "cost", "name": name, "value": value}
-        for kind, cells in category_counts(replies.get(entry.id, ())).items():
-            for name, count in cells.items():
-                share = count.hits / count.total
-                counts = {"value": share, "numerator": count.hits, "denominator": count.total}
-                yield {**who, "kind": "category", "name": f"{kind}/{name}", **counts}
+        for part, counts in (("category", category_counts), ("template", template_counts)):
+            for kind, cells in counts(replies.get(entry.id, ())).items():
+                for name, (hits, total) in cells.items():
+                    found = {"value": hits / total, "numerator": hits, "denominator": total}
+                    yield {**who, "kind": part, "name": f"{kind}/{name}", **found}
         if entry.is_final:
             yield from _stage_rows(entry, who)
 

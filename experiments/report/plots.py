@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.report.entries import Variant
@@ -10,7 +10,7 @@ from experiments.report.figures import Picture, Style
 from experiments.report.plot_bars import category_picture, cost_picture
 from experiments.report.plot_curves import curves_picture
 from experiments.report.plot_tradeoff import Dot, tradeoff_picture
-from experiments.report.replies import Count, Reply, category_counts
+from experiments.report.replies import Count, Reply, category_counts, template_counts
 from experiments.report.summary import Cell, phase_costs
 from experiments.statistics import wilson_interval
 
@@ -22,6 +22,8 @@ KIND_TITLES = {
     "benign": "over-refusal by category",
     "task": "task accuracy by class",
 }
+TEMPLATE_TITLES = {"harmful": "attack success by jailbreak template", "benign": "over-refusal by jailbreak template"}
+Counter = Callable[[Sequence[Reply]], dict[str, dict[str, Count]]]
 _RATES = ("attack_success", "over_refusal", "task_accuracy")
 
 
@@ -41,10 +43,19 @@ def cell_pictures(
 
 
 def category_tables(cell: Cell, replies: Mapping[str, Sequence[Reply]]) -> list[dict[str, Any]]:
-    """Return the counts behind the bars, one table a kind of prompt, for all variants of a cell."""
-    counts = {v.title: found for v in cell.variants if (found := _counts(v, replies))}
+    """Return the counts behind the bars, one table a kind of prompt, and by template, for all variants of a cell."""
+    return [
+        *_count_tables(cell, replies, category_counts, KIND_TITLES, "category"),
+        *_count_tables(cell, replies, template_counts, TEMPLATE_TITLES, "template"),
+    ]
+
+
+def _count_tables(
+    cell: Cell, replies: Mapping[str, Sequence[Reply]], count: Counter, titles: Mapping[str, str], heading: str
+) -> list[dict[str, Any]]:
+    counts = {v.title: found for v in cell.variants if (found := _counts(v, replies, count))}
     tables = []
-    for kind, title in KIND_TITLES.items():
+    for kind, title in titles.items():
         names = list(dict.fromkeys(name for found in counts.values() for name in found.get(kind, {})))
         if len(names) > 1:
             rows = [
@@ -54,13 +65,15 @@ def category_tables(cell: Cell, replies: Mapping[str, Sequence[Reply]]) -> list[
                 }
                 for name in names
             ]
-            tables.append({"title": title, "variants": list(counts), "rows": rows})
+            tables.append({"title": title, "heading": heading, "variants": list(counts), "rows": rows})
     return tables
 
 
-def _counts(variant: Variant, replies: Mapping[str, Sequence[Reply]]) -> dict[str, dict[str, Count]]:
+def _counts(
+    variant: Variant, replies: Mapping[str, Sequence[Reply]], count: Counter = category_counts
+) -> dict[str, dict[str, Count]]:
     """Return the counts of all seeds together."""
-    return category_counts([reply for entry in variant.entries for reply in replies.get(entry.id, ())])
+    return count([reply for entry in variant.entries for reply in replies.get(entry.id, ())])
 
 
 def _count_cell(count: Count | None) -> dict[str, str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -142,6 +143,28 @@ def test_numbers_are_exported(report_files: ReportFiles) -> None:
     assert [row["value"] for row in same] == [float(asft["attack_success"])]
     curve = [row for row in tidy if row["title"] == "AsFT (seed 0)" and row["name"] == "train/asft/term"]
     assert [row["step"] for row in curve] == [float(step) for step in range(1, 91)]
+
+
+def test_replies_to_prompts_in_templates_are_counted_by_template(run_folders: list[Path], tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    for source in run_folders[:2]:
+        folder = shutil.copytree(source, tmp_path / source.name)
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        for number, sample in enumerate(samples):
+            if sample["kind"] == "harmful":
+                sample["id"] += f"+template-test-0{1 + number % 2}"
+        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    files = write_report([tmp_path / source.name for source in run_folders[:2]], output=tmp_path / "report.html")
+    html = files.page.read_text(encoding="utf-8")
+    assert "Counts: attack success by jailbreak template" in html
+    assert "over-refusal by jailbreak template" not in html
+    assert 'class="name">template</th>' in html
+    assert "translation exercise" in html
+    tidy = [row for row in parquet.read_table(files.parquet).to_pylist() if row["kind"] == "template"]
+    assert {row["name"] for row in tidy} == {"harmful/translation_exercise", "harmful/bedtime_memory"}
+    first = [row for row in tidy if row["title"] == tidy[0]["title"]]
+    assert sum(row["denominator"] for row in first) == 80
 
 
 def test_wrong_options_are_refused(run_folders: list[Path], tmp_path: Path) -> None:

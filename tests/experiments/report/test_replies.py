@@ -8,7 +8,7 @@ import pytest
 from experiments.measured_runs import find_outcomes
 from experiments.report.collecting import collect_runs
 from experiments.report.entries import find_entries
-from experiments.report.replies import VERDICTS, as_reply, category_counts, replies_of
+from experiments.report.replies import VERDICTS, as_reply, category_counts, replies_of, template_counts
 from experiments.report.transcripts import pack_transcripts
 from framework.errors import DataError
 
@@ -109,3 +109,19 @@ def test_prompts_under_attack_do_not_count_by_category() -> None:
     assert counts == {"harmful": {"c": (0, 1)}}
     outcomes = find_outcomes(records)
     assert len(outcomes["attack_success"]) == 1
+
+
+def test_templates_are_counted_by_name_and_other_prompts_left_out() -> None:
+    records = [
+        sample(id="harmful-test-001+template-test-01"),
+        sample(id="harmful-test-002+template-test-01", refused=1.0),
+        sample(id="harmful-test-001+template-test-05"),
+        sample(id="harmful-test-001+template-test-05", set="prefill_8"),
+        sample(id="harmful-test-001"),
+        sample(id="a+b"),
+        sample("benign", id="look-alike-test-001+template-test-01", refused=1.0),
+    ]
+    assert template_counts([as_reply(record) for record in records]) == {
+        "harmful": {"translation_exercise": (1, 2), "diary_page": (1, 1)},
+        "benign": {"translation_exercise": (1, 1)},
+    }
