@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, cast
 
 from datamodules import embedded_sets
 from datamodules.layouts import read_pairs, read_prompts
-from datamodules.readers import SUFFIXES, find_file
+from datamodules.readers import find_file, is_spelt_as_path
 from datamodules.templates import in_some_templates
 from framework.errors import ConfigError, DataError, describe_unknown
 from framework.examples import Example, ExampleKind, Prompt, PromptKind
@@ -40,7 +40,9 @@ MORE = "embedded_more"
 JAILBREAK = "embedded_jailbreak"
 """The embedded harmful requests, each in every jailbreak template of its split (train for all but ``test``)."""
 MORE_JAILBREAK = "embedded_more_jailbreak"
-"""The embedded harmful requests in four, the look-alikes in two, of the twelve held-out templates."""
+"""The embedded harmful requests in four, the look-alikes in two, of the templates of their split (twelve for ``test``).
+
+Asked together with ``embedded_jailbreak``, the harmful requests in its four templates count twice."""
 TEMPLATES_EACH: Mapping[str, int] = {"safety": 4, "over_refusal": 2}
 
 CatalogKind = Literal["safety", "benign", "harmful"]
@@ -130,7 +132,7 @@ def prompt_sources(name_or_path: str) -> list[PromptSource]:
         known = _PROMPT_FILES[name_or_path]
         return [PromptSource(_resolved(known.file), known.label)]
     # By its spelling alone: settings hold words of many kinds, and a file without an ending cannot be read anyway.
-    named = catalog_files(name_or_path) or ([name_or_path] if _is_spelt_as_path(name_or_path) else [])
+    named = catalog_files(name_or_path) or ([name_or_path] if is_spelt_as_path(name_or_path) else [])
     return [PromptSource(_resolved(name)) for name in named]
 
 
@@ -278,13 +280,9 @@ def _read_named(name_or_path: str, kind: CatalogKind) -> list[Example]:
 
 def _find_path(name_or_path: str, kind: str, known: Iterable[str]) -> Path:
     """Return the file that ``name_or_path`` means; a word that looks like no file is an unknown name."""
-    if not _is_spelt_as_path(name_or_path) and not Path(name_or_path).is_file():
+    if not is_spelt_as_path(name_or_path) and not Path(name_or_path).is_file():
         raise ConfigError(describe_unknown(kind, name_or_path, known) + " A path to a file is accepted too.")
     return find_file(name_or_path)
-
-
-def _is_spelt_as_path(text: str) -> bool:
-    return "/" in text or any(suffix in text.lower() for suffix in SUFFIXES)
 
 
 def _resolved(name_or_path: str) -> Path:

@@ -201,7 +201,7 @@ def load_templates(split: str, *, more: bool = False) -> list[JailbreakTemplate]
 
     Args:
         split: which.
-        more: with 16 and 8 more, and a split ``validation`` of 4; no family stands in two splits.
+        more: with 16 and 8 more, and a split ``validation`` of 4; no template stands in two splits.
 
     Raises:
         ConfigError: unknown split.

@@ -16,7 +16,16 @@ from typing import Any
 
 from framework.errors import DataError
 
-__all__ = ["SUFFIXES", "data_root", "find_file", "load_hub", "read_json_value", "read_records", "set_name"]
+__all__ = [
+    "SUFFIXES",
+    "data_root",
+    "find_file",
+    "is_spelt_as_path",
+    "load_hub",
+    "read_json_value",
+    "read_records",
+    "set_name",
+]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 """Kinds of file that can be read; each also with ``.gz`` behind it."""
@@ -87,6 +96,16 @@ def read_records(path: str | Path, *, columns: Sequence[str] | None = None) -> l
     if not records:
         raise DataError(f"Expected `{path}` to hold records, but got an empty file.")
     return records
+
+
+def is_spelt_as_path(text: str) -> bool:
+    """Return whether a text in the settings means a file, and not a name, by its spelling alone.
+
+    Example:
+        >>> is_spelt_as_path("own.jsonl"), is_spelt_as_path("embedded")
+        (True, False)
+    """
+    return "/" in text or any(suffix in text.lower() for suffix in SUFFIXES)
 
 
 def set_name(path: Path) -> str:

@@ -87,17 +87,17 @@ def build_datamodule(
 
 
 def check_mining(config: RunConfig) -> None:
-    """Open every set that a method of the run will mine, so that a wrong name shows before a model is aligned.
+    """Open every set that a method of the run mines, so that a wrong name shows before a model is aligned.
 
     Raises:
-        ConfigError: an unknown name, a set held out to measure with, or fewer prompts than asked for; of every stage.
-        DataError: a file that is missing, empty or malformed.
+        ConfigError: an unknown name, a set held out to measure with, fewer prompts than asked for, or a file that is
+            missing, empty or malformed; of every stage.
     """
     problems = []
     for stage, settings in config.active_stages():
         for name, options in settings.methods.items():
             given = create_method(name, options).config
-            if not isinstance(given, MiningSettings) or not getattr(given, "mines", True):
+            if not isinstance(given, MiningSettings) or getattr(given, "mined", None) is not None:
                 continue
             try:
                 mining_pools(given, has_benign=getattr(given, "needs_benign", True))

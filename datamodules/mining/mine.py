@@ -69,8 +69,8 @@ def mine_sets(
         progress: called with (done, total).
 
     Raises:
-        ConfigError: unknown sets or judges, more prompts than there are, or no judge that knows refusals where they
-            are needed.
+        ConfigError: unknown or unreadable sets, unknown judges, more prompts than there are, or no judge that knows
+            refusals where they are needed.
         DataError: the store is another model's or damaged, or a prompt does not fit the model.
         SeawallError: a judge failed or refuses to decide.
     """

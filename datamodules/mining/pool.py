@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from datamodules.catalog import EMBEDDED, EvaluationKind, evaluation_prompts, find_examples, known_prompt_sets
 from datamodules.embedded_sets import (
@@ -16,14 +16,15 @@ from datamodules.embedded_sets import (
     look_alike_examples,
 )
 from datamodules.templates import find_templates
-from framework.errors import ConfigError
+from framework.errors import ConfigError, DataError
 from framework.examples import Prompt, PromptKind
 from framework.mining_settings import MiningSettings
 
 __all__ = ["benign_pool", "deal_prompts", "harmful_pool", "mining_pools", "probe_prompts"]
 
 TRAIN = "train"
-"""Templates used for training; those of the other split are held out."""
+"""Templates used for training; those of the other splits are held out."""
+T = TypeVar("T")
 
 
 def mining_pools(settings: MiningSettings, *, has_benign: bool = True) -> dict[str, list[Prompt]]:
@@ -34,15 +35,25 @@ def mining_pools(settings: MiningSettings, *, has_benign: bool = True) -> dict[s
         has_benign: False leaves the harmless prompts out.
 
     Raises:
-        ConfigError: an unknown name, a set held out to measure with, or the sets give fewer prompts.
-        DataError: a file cannot be read.
+        ConfigError: an unknown name, a set held out to measure with, the sets give fewer prompts, or a file cannot be
+            read; lists every problem.
     """
-    own: dict[str, Any] = {"seed": settings.mining_seed, "templates": find_templates(settings.templates)}
-    pools = {"harmful": harmful_pool(settings.harmful, count=settings.prompts, wrapped=settings.wrapped, **own)}
-    if has_benign:
-        pools["benign"] = benign_pool(
-            settings.benign, count=settings.benign_prompts, wrapped=settings.benign_wrapped, **own
+    problems: list[str] = []
+    templates = _collecting(problems, lambda: find_templates(settings.templates)) or load_templates(TRAIN)
+    own: dict[str, Any] = {"seed": settings.mining_seed, "templates": templates}
+    pools = {
+        "harmful": _collecting(
+            problems,
+            lambda: harmful_pool(settings.harmful, count=settings.prompts, wrapped=settings.wrapped, **own),
         )
+    }
+    if has_benign:
+        count, wrapped = settings.benign_prompts, settings.benign_wrapped
+        pools["benign"] = _collecting(
+            problems, lambda: benign_pool(settings.benign, count=count, wrapped=wrapped, **own)
+        )
+    if problems:
+        raise ConfigError(problems)
     return pools
 
 
@@ -188,7 +199,7 @@ def _harmful_set(name: str) -> list[Prompt]:
     if name == "embedded_more":
         return load_harmful("align", more=True)
     _check_not_held_out(name, kind="safety", setting="harmful", share="wrapped")
-    return evaluation_prompts(name, kind="safety", split="align")
+    return _without_measured(evaluation_prompts(name, kind="safety"), load_harmful("test"), name, setting="harmful")
 
 
 def _benign_set(name: str, *, seed: int) -> list[Prompt]:
@@ -200,14 +211,39 @@ def _benign_set(name: str, *, seed: int) -> list[Prompt]:
         return [Prompt(row.id, row.prompt, "benign", row.category) for row in look_alike_examples(more=True)]
     _check_not_held_out(name, kind="over_refusal", setting="benign", share="benign_wrapped")
     if name in known_prompt_sets("over_refusal"):
-        return evaluation_prompts(name, kind="over_refusal")
-    rows = find_examples("benign", name, seed=seed)
-    return [Prompt(row.id, row.prompt, "benign", row.category) for row in rows]
+        found = evaluation_prompts(name, kind="over_refusal")
+    else:
+        rows = find_examples("benign", name, seed=seed)
+        found = [Prompt(row.id, row.prompt, "benign", row.category) for row in rows]
+    return _without_measured(found, load_look_alikes("test"), name, setting="benign")
 
 
 def _check_not_held_out(name: str, *, kind: EvaluationKind, setting: str, share: str) -> None:
     if name in known_prompt_sets(kind) and name.startswith(EMBEDDED):
         raise ConfigError(
             f"Expected `{setting}` to name sets to train on, but got {name!r}, whose prompts are held out for "
-            f"measuring. Name `embedded`; `{share}` puts its requests in the templates of the training split."
+            f"measuring. Name `embedded`; `{share}` puts its prompts in the templates of the training split."
         )
+
+
+def _without_measured(found: list[Prompt], measured: list[Prompt], name: str, *, setting: str) -> list[Prompt]:
+    """Return the prompts of a file, none of which is held out: the project's own files hold every split."""
+    texts = {prompt.text for prompt in measured}
+    same = sum(prompt.text in texts for prompt in found)
+    if same:
+        raise ConfigError(
+            f"Expected `{setting}` to name sets to train on, but got {name!r} with {same} prompts that are held out "
+            "for measuring. Take them out of the file, or name the embedded set."
+        )
+    return found
+
+
+def _collecting(problems: list[str], find: Callable[[], list[T]]) -> list[T]:
+    """Return what is found; where it cannot be, note what is wrong and return nothing."""
+    try:
+        return find()
+    except ConfigError as error:
+        problems += error.problems
+    except DataError as error:
+        problems.append(str(error))
+    return []

@@ -20,11 +20,12 @@ from datamodules.catalog import (
     look_alike_examples,
     safety_examples,
 )
+from datamodules.mining import MiningSettings, mining_pools
 from experiments.judge.overlap import OverlapIndex, hash_prompt
 from experiments.stage_data import task_rows
 from framework.config import RunConfig, StageConfig
 from framework.errors import DataError, SeawallError
-from framework.examples import Example
+from framework.examples import Example, ExampleKind, Turn
 from framework.method import Method
 from framework.registry import create_method
 
@@ -162,6 +163,9 @@ def _stage_rows(stage: StageConfig, seed: int) -> list[Example]:
 
 def _method_rows(method: Method, seed: int) -> tuple[list[Example], str]:
     """Return the rows a method adds or names to probe with, and what of its data stays unknown."""
+    if isinstance(method.config, MiningSettings):
+        is_read = getattr(method.config, "mined", None) is not None
+        return ([], "rows that were mined before were not compared") if is_read else (_mined_rows(method.config), "")
     probed = _probed_rows(method, seed)
     recorder = _Recorder(seed)
     try:
@@ -170,6 +174,17 @@ def _method_rows(method: Method, seed: int) -> tuple[list[Example], str]:
         return probed, "rows that were made in preparation were not compared"
     reads_more = type(method).prepare is not Method.prepare and not probed
     return [*probed, *recorder.rows], "prompts that its preparation read were not compared" if reads_more else ""
+
+
+def _mined_rows(settings: MiningSettings) -> list[Example]:
+    """Return every prompt that is mined, as it is trained on, without the model's reply."""
+    pools = mining_pools(settings, has_benign=getattr(settings, "needs_benign", True))
+    kinds: Mapping[str, ExampleKind] = {"harmful": "safety", "benign": "benign"}
+    return [
+        Example(prompt.id, (Turn("user", prompt.text),), "", kinds[side], prompt.category)
+        for side, pool in pools.items()
+        for prompt in pool
+    ]
 
 
 def _probed_rows(method: Method, seed: int) -> list[Example]:

@@ -81,11 +81,6 @@ class SMHConfig(MiningSettings):
             raise ConfigError(problems)
 
     @property
-    def mines(self) -> bool:
-        """Whether the model is mined, and not a file read or nothing added."""
-        return self.mined is None and self.count != 0
-
-    @property
     def needs_benign(self) -> bool:
         """Whether harmless rows are mixed in at all."""
         return self.ratio > 0 or self.balance == "controlled"

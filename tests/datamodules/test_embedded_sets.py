@@ -25,7 +25,16 @@ from datamodules.embedded_sets import (
 from framework.errors import ConfigError, DataError
 from framework.examples import Prompt
 
-FILES = ("benign", "harmful", "jailbreak_templates", "look_alikes", "more_harmful", "more_look_alikes", "refusals")
+FILES = (
+    "benign",
+    "harmful",
+    "jailbreak_templates",
+    "look_alikes",
+    "more_harmful",
+    "more_jailbreak_templates",
+    "more_look_alikes",
+    "refusals",
+)
 EVALUATION_FILES = (
     ("advbench/harmful_behaviors.csv", "goal"),
     ("xstest/xstest_prompts.csv", "prompt"),
@@ -78,6 +87,7 @@ def trigrams(text: str) -> set[tuple[str, ...]]:
         ("more_harmful", {"align": 100}),
         ("benign", {"align": 260, "validation": 48}),
         ("jailbreak_templates", {"train": 8, "test": 4}),
+        ("more_jailbreak_templates", {"train": 16, "validation": 4, "test": 8}),
     ],
 )
 def test_split_counts_are_as_documented(name: str, counts: dict[str, int]) -> None:
@@ -132,7 +142,7 @@ def test_look_alike_types_are_balanced_in_every_split() -> None:
 
 def test_ids_are_unique_over_all_files() -> None:
     ids = [row["id"] for name in FILES for row in read(name)]
-    assert len(ids) == len(set(ids)) == 1108
+    assert len(ids) == len(set(ids)) == 1136
 
 
 def test_no_text_occurs_twice() -> None:

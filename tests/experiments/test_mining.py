@@ -125,6 +125,9 @@ def test_what_cannot_be_mined_is_refused_before_a_model_is_aligned(recipe, tmp_p
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_what_is_not_mined_is_not_looked_for(recipe):
-    settings = ["stages.repair.methods.smh.count=0", "stages.repair.methods.smh.harmful=[embeded]"]
+def test_a_file_of_mined_prompts_needs_no_sets(recipe):
+    settings = ["stages.repair.methods.smh.mined=some.jsonl", "stages.repair.methods.smh.harmful=[embeded]"]
     check_mining(load_run_config(recipe, settings))
+    check_mining(load_run_config(recipe, ["stages.repair.methods.smh.ratio=0", "stages.repair.methods.smh.benign=[x]"]))
+    with pytest.raises(ConfigError, match="embeded"):
+        check_mining(load_run_config(recipe, settings[1:]))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
+from importlib import resources
 
 import pytest
 
@@ -127,7 +129,20 @@ def test_both_sides_stand_in_the_templates_that_are_named(tmp_path):
     assert list(mining_pools(settings, has_benign=False)) == ["harmful"]
 
 
-@pytest.mark.parametrize("field", ["harmful", "benign", "templates"])
-def test_settings_that_name_no_set_are_refused(field):
-    with pytest.raises(ConfigError, match="embeded"):
-        mining_pools(MiningSettings(**{field: ["embeded"]}))
+def test_everything_that_names_no_set_is_said_at_once(tmp_path):
+    settings = MiningSettings(harmful=["embeded"], benign=[str(tmp_path / "none.jsonl")], templates=["more"])
+    with pytest.raises(ConfigError) as caught:
+        mining_pools(settings)
+    wrong = ("but got 'more'", "but got 'embeded'", "none.jsonl")
+    assert len(caught.value.problems) == 3
+    assert all(part in problem for part, problem in zip(wrong, caught.value.problems, strict=True))
+
+
+@pytest.mark.parametrize(("field", "file"), [("harmful", "harmful"), ("benign", "look_alikes")])
+def test_files_with_held_out_prompts_are_refused(tmp_path, field, file):
+    rows = (resources.files("datamodules") / "embedded" / f"{file}.jsonl").read_text(encoding="utf-8")
+    path = tmp_path / "copy.jsonl"
+    pairs = [{"prompt": json.loads(row)["text"], "response": "x"} for row in rows.splitlines()]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with pytest.raises(ConfigError, match=rf"Expected `{field}` to name sets .* with \d+ prompts that are held out"):
+        mining_pools(MiningSettings(**{field: [str(path)]}, prompts=4, benign_prompts=4))

@@ -137,3 +137,20 @@ def test_training_prompts_include_those_that_methods_probe_with(tmp_path, finish
     (tmp_path / "safety.jsonl").unlink()
     with pytest.raises(DataError, match=r"safety\.jsonl"):
         training_prompts(replace(config, stages=StagesConfig(align=StageConfig(methods={method: options}))))
+
+
+def test_training_prompts_include_those_that_are_mined(finished_run):
+    from dataclasses import replace
+
+    from datamodules.mining import MiningSettings, mining_pools
+    from framework.config import StageConfig, StagesConfig
+
+    given = {"prompts": 12, "benign_prompts": 8, "templates": ["embedded_more"]}
+    pools = mining_pools(MiningSettings(**given))
+    config = read_finished_run(finished_run).config
+    found = training_prompts(replace(config, stages=StagesConfig(repair=StageConfig(methods={"smh": given}))))
+    assert set(found.prompts) == {prompt.text for pool in pools.values() for prompt in pool}
+    assert found.unknown == ()
+    given = {"smh": {"mined": "mined.jsonl"}}
+    read = training_prompts(replace(config, stages=StagesConfig(repair=StageConfig(methods=given))))
+    assert read.unknown == ("rows that were mined before were not compared (method `smh` in stage `repair`)",)
