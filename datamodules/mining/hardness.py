@@ -49,8 +49,9 @@ class StopRule(NamedTuple):
     """Harmful rate from which a prompt counts as hard."""
     is_adaptive: bool = True
     """False takes all K rollouts."""
-    least: int = 4
-    """Rollouts before the first look."""
+    least: int | None = None
+    """Rollouts before the first look; None takes the square root of K, rounded up: three of eight can settle what is
+    hard, while three of 64 would pass too many rarely failing prompts for hard."""
     certainty: float = 0.95
     """Chance that all K rollouts would leave a prompt of both outcomes on the side of the hard rate where it lies."""
 
@@ -71,8 +72,9 @@ class StopRule(NamedTuple):
         """
         if not self.is_adaptive:
             return [self.most]
-        found = {*range(self.least, self.most, max(1, self.most // 8)), self.never, self.always}
-        return sorted({self.most, *(look for look in found if self.least <= look < self.most)})
+        first = math.isqrt(self.most - 1) + 1 if self.least is None else self.least
+        found = {*range(first, self.most, max(1, self.most // 8)), self.never, self.always}
+        return sorted({self.most, *(look for look in found if first <= look < self.most)})
 
 
 class Hardness(NamedTuple):

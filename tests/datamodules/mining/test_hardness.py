@@ -59,9 +59,10 @@ def test_sampling_stops_when_nothing_left_could_change_the_class():
 
 def test_looks_are_few_and_at_the_numbers_that_settle_one_outcome():
     assert RULE.looks() == [4, 6, 8, 10, 11, 12, 13, 14, 16]
-    assert StopRule(8, 0.25).looks() == [4, 5, 6, 7, 8]
-    assert StopRule(64, 0.25).looks() == [4, 12, 20, 28, 36, 43, 44, 52, 60, 64]
-    assert StopRule(4, 0.25).looks() == [4]
+    assert StopRule(8, 0.25).looks() == [3, 4, 5, 6, 7, 8]
+    assert StopRule(64, 0.25).looks() == [8, 16, 24, 32, 40, 43, 48, 52, 56, 64]
+    assert StopRule(4, 0.25).looks() == [2, 3, 4]
+    assert StopRule(16, 0.25, least=9).looks() == [9, 11, 13, 15, 16]
     assert StopRule(2, 0.25).looks() == [2]
 
 
