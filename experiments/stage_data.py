@@ -97,10 +97,10 @@ def check_mining(config: RunConfig) -> None:
     for stage, settings in config.active_stages():
         for name, options in settings.methods.items():
             given = create_method(name, options).config
-            if not isinstance(given, MiningSettings) or getattr(given, "mined", None) is not None:
+            if not isinstance(given, MiningSettings) or not given.mines:
                 continue
             try:
-                mining_pools(given, has_benign=getattr(given, "needs_benign", True))
+                mining_pools(given, has_benign=given.needs_benign)
             except ConfigError as error:
                 problems += [f"Method `{name}` in `stages.{stage}`: {problem}" for problem in error.problems]
     if problems:

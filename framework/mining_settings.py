@@ -59,6 +59,16 @@ class MiningSettings:
         """Raise ConfigError listing every field that has the wrong type or breaks its rule."""
         check_instance(self)
 
+    @property
+    def mines(self) -> bool:
+        """Whether the model is mined; a method that can read what was mined before says otherwise."""
+        return True
+
+    @property
+    def needs_benign(self) -> bool:
+        """Whether harmless prompts are mined as well."""
+        return True
+
     @classmethod
     def of(cls, config: Any) -> MiningSettings:
         """Return the mining settings among the fields of ``config``, e.g. of a method's settings."""

@@ -39,6 +39,7 @@ def mining_pools(settings: MiningSettings, *, has_benign: bool = True) -> dict[s
             read; lists every problem.
     """
     problems: list[str] = []
+    # Stand-ins where they cannot be found, so that what else is wrong is found as well; then nothing is returned.
     templates = _collecting(problems, lambda: find_templates(settings.templates)) or load_templates(TRAIN)
     own: dict[str, Any] = {"seed": settings.mining_seed, "templates": templates}
     pools = {

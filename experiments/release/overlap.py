@@ -164,8 +164,9 @@ def _stage_rows(stage: StageConfig, seed: int) -> list[Example]:
 def _method_rows(method: Method, seed: int) -> tuple[list[Example], str]:
     """Return the rows a method adds or names to probe with, and what of its data stays unknown."""
     if isinstance(method.config, MiningSettings):
-        is_read = getattr(method.config, "mined", None) is not None
-        return ([], "rows that were mined before were not compared") if is_read else (_mined_rows(method.config), "")
+        if method.config.mines:
+            return _mined_rows(method.config), ""
+        return [], "rows that were mined before were not compared"
     probed = _probed_rows(method, seed)
     recorder = _Recorder(seed)
     try:
@@ -178,7 +179,7 @@ def _method_rows(method: Method, seed: int) -> tuple[list[Example], str]:
 
 def _mined_rows(settings: MiningSettings) -> list[Example]:
     """Return every prompt that is mined, as it is trained on, without the model's reply."""
-    pools = mining_pools(settings, has_benign=getattr(settings, "needs_benign", True))
+    pools = mining_pools(settings, has_benign=settings.needs_benign)
     kinds: Mapping[str, ExampleKind] = {"harmful": "safety", "benign": "benign"}
     return [
         Example(prompt.id, (Turn("user", prompt.text),), "", kinds[side], prompt.category)

@@ -81,6 +81,11 @@ class SMHConfig(MiningSettings):
             raise ConfigError(problems)
 
     @property
+    def mines(self) -> bool:
+        """Whether the model is mined, and no file of mined prompts read."""
+        return self.mined is None
+
+    @property
     def needs_benign(self) -> bool:
         """Whether harmless rows are mixed in at all."""
         return self.ratio > 0 or self.balance == "controlled"

@@ -66,6 +66,13 @@ def test_rows_without_a_template_are_refused(tmp_path, row, message):
         read_templates(str(path))
 
 
+def test_a_file_without_templates_is_refused(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        find_templates([str(path)])
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(
         ConfigError, match=r"Expected `templates` to be one of embedded, embedded_more, but got 'embed'"
