@@ -62,8 +62,9 @@ class SMHConfig(MiningSettings):
     """Share of harmless look-alikes that should be answered."""
     gain: float = setting(2.0, rule=NOT_NEGATIVE)
     """Change of the ratio's logarithm for each 1.0 that one side falls short of its target more than the other."""
-    probe: Literal["margin", "replies"] = "margin"
-    """margin: a prompt counts as refused where refusals are likelier openings than answers; replies: short replies."""
+    probe: Literal["replies", "margin"] = "replies"
+    """replies: short replies are generated and read; margin: a prompt counts as refused where refusals are likelier
+    openings than answers, which costs less and may not tell the two sides apart (a warning says so)."""
     probe_prompts: int = setting(20, rule=COUNT)
     """Prompts of each side that are looked at."""
     probe_tokens: int = setting(24, rule=COUNT)

@@ -19,17 +19,20 @@ reference trains it as a complete reply); where as many judges say yes as no, th
 target; ``adaptive`` rollouts, the controller, ``target: refusal`` and other rows among the mined ones are ours.
 
 Cost: mining once a model, 64 tokens x 16 rollouts x 240 prompts by default, kept and reused; no extra computation in a
-step; a measurement of the controller is some forward passes over 2 x ``probe_prompts`` prompts.
+step; a measurement of the controller is 2 x ``probe_prompts`` replies of 24 tokens, with ``margin`` some forward
+passes.
 
 Does not compose with: methods that set the order of the rows; ``balance: controlled`` with strategies that cut the
 weights.
 
 Defaults: K = 16 and 64 tokens are ours for a small machine (published: 64 and 256), as are the prompt counts;
-``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours.
+``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours. It reads replies: on the
+default model the margin called every look-alike refused at every look, where one in five was.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -206,6 +209,12 @@ class SMH(Method):
     def _decide(self, trainer: pl.Trainer, model: nn.Module, step: int) -> None:
         given, datamodule = self.config, trainer.datamodule  # type: ignore[attr-defined]
         refusal, compliance = on_main(lambda: self._measure(model, datamodule))
+        if given.probe == "margin" and refusal + compliance == 1.0 and refusal in (0.0, 1.0):
+            warnings.warn(
+                f"After step {step} the margin of `smh` calls {'every' if refusal else 'no'} prompt refused, harmful "
+                "or not: the ratio follows nothing. Set `probe: replies`.",
+                stacklevel=2,
+            )
         before = self.decisions[-1].ratio if self.decisions else given.ratio
         ratio = adjust_ratio(
             before,

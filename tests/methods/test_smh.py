@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -323,6 +324,7 @@ def test_an_interrupted_run_goes_on_under_its_decisions(store, mined, tmp_path):
     assert torch.equal(run.weights, again.weights)
 
 
+@pytest.mark.filterwarnings("ignore:After step 2 the margin")  # an untrained model refuses all or nothing
 @pytest.mark.parametrize("probe", ["margin", "replies"])
 def test_the_model_is_measured_while_it_trains(store, mined, probe):
     config = SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 2, "probe": probe, "probe_tokens": 3})
@@ -331,6 +333,27 @@ def test_the_model_is_measured_while_it_trains(store, mined, probe):
     assert 0 <= decision.refusal <= 1
     assert 0 <= decision.compliance <= 1
     assert decision.step == 2
+
+
+@pytest.mark.parametrize(
+    ("probe", "refused", "warned"),
+    [("margin", 1.0, True), ("margin", 0.0, True), ("margin", 0.5, False), ("replies", 1.0, False)],
+)
+def test_a_margin_that_tells_no_side_from_the_other_is_warned_about(store, mined, probe, refused, warned):
+    class Blind(SMH):
+        def _refused(self, model, datamodule, prompts):
+            return refused
+
+    method = Blind(SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 2, "probe": probe}))
+    data, model = make_data(4), make_model()
+    method.name = "smh"
+    prepare_methods([method], model, data, store)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_fit(model, [method], data=data, total_steps=4, max_steps=4)
+    said = [str(w.message) for w in caught if "the ratio follows nothing. Set `probe: replies`" in str(w.message)]
+    assert len(said) == warned
+    assert all(f"calls {'every' if refused else 'no'} prompt refused" in text for text in said)
 
 
 class Disturbing(SMH):
