@@ -27,7 +27,7 @@ weights.
 
 Defaults: K = 16 and 64 tokens are ours for a small machine (published: 64 and 256), as are the prompt counts;
 ``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours. It reads replies: on the
-default model the margin called every look-alike refused at every look, where one in five was.
+default model the margin called every look-alike refused at every look, of which two in five replies refused.
 """
 
 from __future__ import annotations
