@@ -49,7 +49,7 @@ ROWS = 16
 SEED = 0
 PROCESS_TIMEOUT = timedelta(seconds=300)
 ADAM_EPS = 1e-3
-"""Far above the rounding of a gradient and far below the gradients of the tiny model (0.01 to 0.1). With AdamW's usual
+"""About the size of the tiny model's gradients: where a gradient is small the step is small as well. With AdamW's usual
 1e-8 a gradient that is nearly zero becomes a whole step of rounding, and weights differ by more than any tolerance."""
 
 

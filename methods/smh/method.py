@@ -26,8 +26,8 @@ Does not compose with: methods that set the order of the rows; ``balance: contro
 weights.
 
 Defaults: K = 16 and 64 tokens are ours for a small machine (published: 64 and 256), as are the prompt counts;
-``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours. It reads replies: on the
-default model the margin called every look-alike refused at every look, of which two in five replies refused.
+``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours. It reads replies: in a
+run of the default model the margin called every look-alike refused, of which replies refused about two in five.
 """
 
 from __future__ import annotations
@@ -209,12 +209,6 @@ class SMH(Method):
     def _decide(self, trainer: pl.Trainer, model: nn.Module, step: int) -> None:
         given, datamodule = self.config, trainer.datamodule  # type: ignore[attr-defined]
         refusal, compliance = on_main(lambda: self._measure(model, datamodule))
-        if given.probe == "margin" and refusal + compliance == 1.0 and refusal in (0.0, 1.0):
-            warnings.warn(
-                f"After step {step} the margin of `smh` calls {'every' if refusal else 'no'} prompt refused, harmful "
-                "or not: the ratio follows nothing. Set `probe: replies`.",
-                stacklevel=2,
-            )
         before = self.decisions[-1].ratio if self.decisions else given.ratio
         ratio = adjust_ratio(
             before,
@@ -238,7 +232,14 @@ class SMH(Method):
         harmful, benign = (
             datamodule.probe_prompts(self.config.probe_prompts, kind=kind) for kind in ("harmful", "benign")
         )
-        return self._refused(model, datamodule, harmful), 1.0 - self._refused(model, datamodule, benign)
+        refused, refused_benign = (self._refused(model, datamodule, side) for side in (harmful, benign))
+        if self.config.probe == "margin" and refused == refused_benign and refused in (0.0, 1.0):
+            warnings.warn(
+                f"The margin of `smh` calls {'every' if refused else 'no'} prompt refused, harmful or not, so that the "
+                "ratio moves one way only. Set `probe: replies`.",
+                stacklevel=2,
+            )
+        return refused, 1.0 - refused_benign
 
     def _refused(self, model: Any, datamodule: Any, prompts: list[Prompt]) -> float:
         if self.config.probe == "margin":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
@@ -324,7 +325,7 @@ def test_an_interrupted_run_goes_on_under_its_decisions(store, mined, tmp_path):
     assert torch.equal(run.weights, again.weights)
 
 
-@pytest.mark.filterwarnings("ignore:After step 2 the margin")  # an untrained model refuses all or nothing
+@pytest.mark.filterwarnings("ignore:The margin of")  # an untrained model refuses all or nothing
 @pytest.mark.parametrize("probe", ["margin", "replies"])
 def test_the_model_is_measured_while_it_trains(store, mined, probe):
     config = SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 2, "probe": probe, "probe_tokens": 3})
@@ -336,24 +337,30 @@ def test_the_model_is_measured_while_it_trains(store, mined, probe):
 
 
 @pytest.mark.parametrize(
-    ("probe", "refused", "warned"),
-    [("margin", 1.0, True), ("margin", 0.0, True), ("margin", 0.5, False), ("replies", 1.0, False)],
+    ("probe", "harmful", "benign", "warned"),
+    [
+        ("margin", 1.0, 1.0, "every"),
+        ("margin", 0.0, 0.0, "no"),
+        ("margin", 1.0, 0.0, ""),
+        ("margin", 0.5, 0.5, ""),
+        ("replies", 1.0, 1.0, ""),
+    ],
 )
-def test_a_margin_that_tells_no_side_from_the_other_is_warned_about(store, mined, probe, refused, warned):
-    class Blind(SMH):
+def test_a_margin_that_tells_no_side_from_the_other_is_warned_about(store, mined, probe, harmful, benign, warned):
+    class Told(SMH):
         def _refused(self, model, datamodule, prompts):
-            return refused
+            return harmful if next(self.turns) % 2 == 0 else benign
 
-    method = Blind(SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 2, "probe": probe}))
+    method = Told(SMHConfig(mined=mined, **{**CONTROLLED, "block_steps": 2, "probe": probe}))
+    method.name, method.turns = "smh", itertools.count()
     data, model = make_data(4), make_model()
-    method.name = "smh"
     prepare_methods([method], model, data, store)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run_fit(model, [method], data=data, total_steps=4, max_steps=4)
-    said = [str(w.message) for w in caught if "the ratio follows nothing. Set `probe: replies`" in str(w.message)]
-    assert len(said) == warned
-    assert all(f"calls {'every' if refused else 'no'} prompt refused" in text for text in said)
+    assert (method.decisions[0].refusal, method.decisions[0].compliance) == (harmful, 1.0 - benign)
+    said = [str(w.message) for w in caught if "moves one way only. Set `probe: replies`" in str(w.message)]
+    assert [text.split(" prompt")[0] for text in said] == ([f"The margin of `smh` calls {warned}"] if warned else [])
 
 
 class Disturbing(SMH):
