@@ -50,7 +50,7 @@ SEED = 0
 PROCESS_TIMEOUT = timedelta(seconds=300)
 ADAM_EPS = 1e-3
 """About the size of the tiny model's gradients: where a gradient is small the step is small as well. With AdamW's usual
-1e-8 a gradient that is nearly zero becomes a whole step of rounding, and weights differ by more than any tolerance."""
+1e-8 a gradient that is nearly zero becomes a whole step of rounding, which may take weights over the tolerance."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ weights.
 
 Defaults: K = 16 and 64 tokens are ours for a small machine (published: 64 and 256), as are the prompt counts;
 ``share`` 0.5, ratio 1 and temperature 1 are the published ones; the controller's are ours. It reads replies: in a
-run of the default model the margin called every look-alike refused, of which replies refused about two in five.
+run of the default model the margin called every look-alike refused; replies, in two others, about two in five.
 """
 
 from __future__ import annotations
